@@ -1,8 +1,9 @@
 """Per-token losses of completions, with the head computed on target positions only.
 
-Training, composing and ranking choices all need the same number: the cross-entropy of each target token given its
-prompt. Everything else that a forward pass offers, above all logits over every prompt position, is never computed:
-on a small model with a large vocabulary the head would otherwise cost as much as all the layers together.
+Training, composing and ranking choices all need the same number: the cross-entropy of each target token
+given its prompt. Everything else that a forward pass offers, above all logits over every prompt position,
+is never computed: on a small model with a large vocabulary the head would otherwise cost as much as all the
+layers together.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ IGNORED = -100
 class Batch:
     """Padded token ids of several encoded examples.
 
-    `inputs` is what the model's forward takes. `rows` and `columns` [T] name the T target positions in row order;
-    `targets` [T] are the tokens that should be predicted there.
+    `inputs` is what the model's forward takes. `rows` and `columns` [T] name the T target positions in row
+    order; `targets` [T] are the tokens that should be predicted there.
     """
 
     inputs: dict[str, Tensor]
@@ -97,7 +98,7 @@ def row_means(losses: Tensor, batch: Batch) -> Tensor:
 
 @contextmanager
 def head_at(model: Any, rows: Tensor, columns: Tensor) -> Iterator[None]:
-    """Within the block the output head sees only the states at (rows, columns): its logits are [1, T, vocabulary].
+    """Within the block the head sees only the states at (rows, columns): its logits are [1, T, vocabulary].
 
     A hook on the head, rather than a call past the model's forward, keeps what models do around their head
     (T5's scaled states, Gemma's soft-capped logits).

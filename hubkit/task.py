@@ -1,4 +1,4 @@
-"""Task files: JSONL, one `{"input": str, "output": str, "choices"?: [str]}` a line; other keys are ignored."""
+"""Task files: JSONL, a line `{"input": str, "output": str, "choices"?: [str]}`; other keys are ignored."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def load_task(path: str | Path) -> list[Example]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark first
     except FileNotFoundError:
         raise NotFoundError(f"The task file {path} does not exist.", "Check the path.") from None
     except UnicodeDecodeError as error:
@@ -44,14 +44,15 @@ def load_task(path: str | Path) -> list[Example]:
 def _example(line: str, where: str) -> Example:
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        why = getattr(error, "msg", "nested too deeply")
+    except (ValueError, RecursionError) as error:  # a plain ValueError is a number of thousands of digits
+        why = getattr(error, "msg", "nested too deeply, or a number too long")
         raise UsageError(f"{where} is not valid JSON: {why}.", "Write one JSON object a line.") from None
     if not isinstance(row, dict):
         raise UsageError(f"{where} is not a JSON object.", 'Write {"input": ..., "output": ...}.')
     for key in ("input", "output"):
         if not isinstance(row.get(key), str):
             raise UsageError(f'{where} has no text under "{key}".', f'Add "{key}" as a string.')
+        _check_text(row[key], where)
     if not row["output"].strip():
         raise UsageError(f"{where} has an empty output.", "Give the answer that is wanted.")
     return Example(row["input"], row["output"], _choices(row, where))
@@ -61,8 +62,23 @@ def _choices(row: dict, where: str) -> tuple[str, ...] | None:
     choices = row.get("choices")
     if choices is None:
         return None
-    if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and c.strip() for c in choices):
+    if (
+        not isinstance(choices, list)
+        or not choices
+        or not all(isinstance(c, str) and c.strip() for c in choices)
+    ):
         raise UsageError(f'{where} has "choices" that are not a list of texts.', "Give a list of strings.")
+    for choice in choices:
+        _check_text(choice, where)
     if row["output"] not in choices:
         raise UsageError(f"{where} has an output that is not among its choices.", "Add it to the choices.")
     return tuple(choices)
+
+
+def _check_text(text: str, where: str) -> None:
+    if any(
+        "\ud800" <= c <= "\udfff" for c in text
+    ):  # JSON can escape half a character; no tokenizer takes it
+        raise UsageError(
+            f"{where} has an unpaired surrogate, which is no text.", "Write the whole character."
+        )

@@ -1,1 +1,79 @@
+"""The command line: one thin file per verb, over calls that a Python user can make as well.
 
+Each verb's file imports what it works with inside its function, so `hubkit --help` costs no more than typer.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+
+import typer
+
+from hubkit.errors import HubkitError
+
+VERBS = (
+    "doctor",
+    "pull",
+    "add",
+    "list",
+    "show",
+    "rm",
+    "tag",
+    "verify",
+    "gc",
+    "train",
+    "compose",
+    "eval",
+    "export",
+)
+
+app = typer.Typer(
+    name="hubkit",
+    help="A hub, a composer, a trainer and a server for LoRA adapters.",
+    epilog="Exit codes: 0 ok, 1 failure, 2 usage, 3 not found, 4 integrity, 5 policy, 130 interrupted. "
+    "HUBKIT_HOME is the store's place (default ~/.cache/hubkit); HUBKIT_DEBUG=1 shows traces.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,  # plain help: it must not cost an import of rich
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+    if version:
+        from hubkit import __version__
+
+        print(f"hubkit {__version__}")
+        raise typer.Exit()
+
+
+for _verb in VERBS:
+    import_module(f"hubkit.cli.{_verb}").register(app)
+
+
+def main() -> None:
+    """Run the command line; known failures become one message and their documented exit code."""
+    try:
+        app(prog_name="hubkit")
+    except HubkitError as error:
+        _fail(error.cause, error.remedy, error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except Exception as error:
+        cause = f"Unexpected {type(error).__name__}: {error}"
+        _fail(cause, "Run again with HUBKIT_DEBUG=1 for the trace, and report it.", 1)
+
+
+def _fail(cause: str, remedy: str, code: int) -> None:
+    if os.environ.get("HUBKIT_DEBUG") == "1":
+        raise  # noqa: PLE0704 - called from an except block
+    from hubkit.policy import escape
+
+    print(f"error: {escape(cause)}", file=sys.stderr)
+    if remedy:
+        print(f"hint: {escape(remedy)}", file=sys.stderr)
+    raise SystemExit(code)

@@ -1,0 +1,196 @@
+"""One batch, many adapters: hubkit's multi-LoRA linear against the bare base and against peft's mixed batch.
+
+    python -m benchmarks.multilora [--device cpu] [--base REF] [--format human|json]
+
+All three run on the same base model in the same process, taking turns; a figure is the median over the turns.
+The decode step reads a KV cache of 64 tokens that is cut back after every step; logits are those of the last
+position. The adapters are random, with a B that is not zero.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hubkit.adapter import Adapter, LowRank
+from hubkit.base import load_base
+from hubkit.lora.runtime import LoraRuntime
+
+Forward = Callable[..., Any]
+
+
+def random_adapter(model: Any, rank: int) -> Adapter:
+    """Rank-`rank` branches on every linear but the head."""
+    head = model.get_output_embeddings()
+    linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    branches = {}
+    for path, linear in linears.items():
+        A = torch.randn(rank, linear.in_features) / linear.in_features**0.5
+        B = torch.randn(linear.out_features, rank) * 0.02
+        branches[path] = LowRank(A.to(linear.weight.dtype), B.to(linear.weight.dtype), alpha=2.0 * rank)
+    return Adapter.new(
+        branches,
+        base_name="base",
+        task_type="CAUSAL_LM",
+        target_modules=sorted({path.rsplit(".", 1)[-1] for path in linears}),
+        meta={},
+    )
+
+
+def peft_model(model: Any, adapters: dict[str, Adapter]) -> nn.Module:
+    """A copy of the model with the adapters in it: peft rewrites the modules that it is given."""
+    from peft import PeftModel
+
+    with TemporaryDirectory() as folder:
+        for key, adapter in adapters.items():
+            adapter.save(Path(folder) / key)
+        wrapped: Any = None
+        for key in adapters:
+            if wrapped is None:
+                wrapped = PeftModel.from_pretrained(
+                    copy.deepcopy(model), Path(folder) / key, adapter_name=key
+                )
+            else:
+                wrapped.load_adapter(Path(folder) / key, adapter_name=key)
+    # peft keeps adapters in fp32 by default; the model's dtype is its faster setting
+    return wrapped.eval().to(next(model.parameters()).dtype)
+
+
+def prefill(forward: Forward, ids: Tensor) -> Callable[[], None]:
+    return lambda: forward(ids)
+
+
+def decode(forward: Forward, ids: Tensor) -> Callable[[], None]:
+    cache = forward(ids).past_key_values
+
+    def step() -> None:
+        forward(ids[:, -1:], past_key_values=cache)
+        cache.crop(-1)
+
+    return step
+
+
+def medians(sides: dict[str, Callable[[], None]], seconds: float) -> dict[str, float]:
+    """Median milliseconds of each side, the sides taking turns for about `seconds` in all."""
+    for run in sides.values():
+        run()
+        run()
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times["base"]) < 5:
+        for name, run in sides.items():
+            start = time.perf_counter()
+            run()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+@torch.no_grad()
+def measure(model: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
+    torch.manual_seed(0)
+    keys = [f"adapter{i}" for i in range(options.adapters)]
+    adapters = {key: random_adapter(model, options.rank) for key in keys}
+    row_keys = [keys[row * len(keys) // options.batch] for row in range(options.batch)]
+    ids = torch.randint(0, model.config.vocab_size, (options.batch, options.tokens), device=model.device)
+
+    lora = copy.deepcopy(model)
+    runtime = LoraRuntime(lora)
+    for key, adapter in adapters.items():
+        runtime.add(key, adapter)
+    peft = peft_model(model, adapters)
+    forwards: dict[str, Forward] = {
+        "base": partial(model, use_cache=True, logits_to_keep=1),
+        "hubkit": partial(lora, use_cache=True, logits_to_keep=1),
+        "peft": partial(peft, use_cache=True, logits_to_keep=1, adapter_names=row_keys),
+    }
+    rows = []
+    with runtime.use([{key: 1.0} for key in row_keys]):
+        agreement = relative_error(forwards["hubkit"](ids).logits, forwards["peft"](ids).logits)
+        for case, build in {"decode": decode, f"prefill {options.tokens}": prefill}.items():
+            ms = medians({name: build(forward, ids) for name, forward in forwards.items()}, options.seconds)
+            rows.append(
+                {
+                    "case": case,
+                    **{f"{name}_ms": round(value, 2) for name, value in ms.items()},
+                    "ratio_to_base": round(ms["hubkit"] / ms["base"], 3),
+                    "speedup_vs_peft": round(ms["peft"] / ms["hubkit"], 2),
+                    "max_error_vs_peft": agreement,
+                }
+            )
+    return rows
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    return round(float((ours - theirs).abs().max() / theirs.abs().max()), 4)
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the figures were measured on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    model = next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    return {
+        "cpu": model + (" (AMX bf16)" if "amx_bf16" in flags else ""),
+        "gpu": torch.cuda.get_device_name() if device.startswith("cuda") else None,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "peft")},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--base", help="an alias, folder or hub id; the embedded SmolLM2-135M if omitted")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--adapters", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument(
+        "--tokens", type=int, default=64, help="tokens of a row at prefill and in the cache at decode"
+    )
+    parser.add_argument("--seconds", type=float, default=30, help="how long to measure each case")
+    parser.add_argument("--format", choices=("human", "json"), default="human")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)  # torch's own default is one thread on some virtual machines
+
+    base = load_base(options.base, dtype=options.dtype, device=options.device)
+    # the last position's states are a strided slice, for which torch would copy the head's weight once per
+    # row
+    base.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
+    rows = measure(base.model, options)
+    result = {
+        "base": base.name,
+        **{name: getattr(options, name) for name in ("dtype", "batch", "adapters", "rank")},
+        "machine": machine(options.device),
+        "rows": rows,
+    }
+    if options.format == "json":
+        print(json.dumps(result))
+        return
+    print({name: value for name, value in result.items() if name != "rows"})
+    print(*(f"{name:>18}" for name in rows[0]))
+    for row in rows:
+        print(*(f"{value:>18}" for value in row.values()))
+
+
+if __name__ == "__main__":
+    main()

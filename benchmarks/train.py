@@ -1,0 +1,197 @@
+"""LoRA training: hubkit against peft + transformers, the same model, rank, batches, initial states and loss.
+
+    python -m benchmarks.train [--base REF] [--steps 12] [--rank 16] [--batch 16] [--peers all|fast] [--compile]
+                               [--format human|json]
+
+Everybody trains on the same made-up text tasks of random length, step for step in turns, in one process; a figure
+is the median over the steps after the first two. Every peft configuration gets the head on target positions only
+and no padding mask, as hubkit does; without those two it would be several times slower.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from random import Random
+from typing import Any
+
+import torch
+
+from hubkit.base import load_base
+from hubkit.likelihood import token_losses
+from hubkit.task import Example
+from hubkit.train.data import encode_all, length
+from hubkit.train.recipe import ALL_LINEAR, Recipe
+from hubkit.train.trainer import Run, frozen, resolved
+
+Step = Callable[[int], float]
+WORDS = (
+    "time year people way day man thing woman life child world school state family student group country problem "
+    "hand part place case week company system program question work government number night point home water room "
+    "mother area money story fact month lot right study book eye job word business issue side kind head house"
+).split()
+WARM = 2
+
+
+def examples(count: int, seed: int) -> list[Example]:
+    """Word-order tasks: 5 to 60 words in, one to four of them out, by a rule that can be learned."""
+    random = Random(seed)
+    made = []
+    for _ in range(count):
+        words = [random.choice(WORDS) for _ in range(random.randint(5, 60))]
+        take = random.randint(1, 4)
+        made.append(Example(f"Give the first {take} words in upper case.\n" + " ".join(words), " ".join(words[:take]).upper()))
+    return made
+
+
+def peft_step(run: Run, model: Any, dtype: torch.dtype, *, wide: bool, attention: str, compiled: bool) -> Step:
+    """One configuration of peft on a copy of the base: its own optimizer, the run's batches, schedule and clipping."""
+    from peft import LoraConfig, get_peft_model
+
+    recipe = run.recipe
+    base = copy.deepcopy(model).to(dtype)
+    base.set_attn_implementation(attention)
+    config = LoraConfig(r=recipe.rank, lora_alpha=int(recipe.alpha), target_modules="all-linear", task_type="CAUSAL_LM")
+    wrapped = get_peft_model(base, config, autocast_adapter_dtype=wide)
+    parameters = dict(wrapped.named_parameters())
+    with torch.no_grad():
+        for path, branch in run.method.branches(torch.float32).items():
+            for side, tensor in (("A", branch.A), ("B", branch.B)):
+                parameters[f"base_model.model.{path}.lora_{side}.default.weight"].copy_(tensor)
+    trained = [p for p in wrapped.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+    inner = wrapped.get_base_model()
+    if compiled:
+        inner.model.compile(dynamic=True)
+
+    def step(number: int) -> float:
+        chosen = [run.examples[i] for i in run.plan.step(number)]
+        losses = token_losses(inner, run.collate(chosen))
+        losses.mean().backward()
+        torch.nn.utils.clip_grad_norm_(trained, recipe.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.rate(number)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(losses.detach().mean())
+
+    return step
+
+
+def hubkit_step(run: Run) -> Step:
+    def step(number: int) -> float:
+        with frozen(run.base.model):
+            return run.step(number)
+
+    return step
+
+
+def contenders(run: Run, model: Any, options: argparse.Namespace) -> dict[str, Step]:
+    settings = {
+        "peft bf16, bf16 adapter": (torch.bfloat16, False, "sdpa", False),
+        "peft bf16, bf16 adapter, eager attention": (torch.bfloat16, False, "eager", False),
+        "peft bf16, fp32 adapter, eager attention": (torch.bfloat16, True, "eager", False),
+    }
+    if options.peers == "all":
+        settings["peft bf16, fp32 adapter"] = (torch.bfloat16, True, "sdpa", False)
+        settings["peft fp32"] = (torch.float32, True, "sdpa", False)
+        settings["peft fp32, eager attention"] = (torch.float32, True, "eager", False)
+    if options.compile:
+        settings["peft bf16, bf16 adapter, torch.compile"] = (torch.bfloat16, False, "sdpa", True)
+    steps = {
+        name: peft_step(run, model, dtype, wide=wide, attention=attention, compiled=compiled)
+        for name, (dtype, wide, attention, compiled) in settings.items()
+    }
+    return {"hubkit": hubkit_step(run), **steps}
+
+
+def measure(run: Run, steps: dict[str, Step], count: int) -> dict[str, dict[str, Any]]:
+    """Everybody takes step 0, then everybody step 1, ...: what disturbs the machine disturbs all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    losses: dict[str, list[float]] = {name: [] for name in steps}
+    tokens = []
+    for number in range(count):
+        tokens.append(sum(length(run.examples[i]) for i in run.plan.step(number)))
+        for name, step in steps.items():
+            began = time.perf_counter()
+            losses[name].append(step(number))
+            seconds[name].append(time.perf_counter() - began)
+    return {
+        name: {
+            "tokens_per_second": statistics.median(t / s for t, s in zip(tokens[WARM:], seconds[name][WARM:], strict=True)),
+            "losses": losses[name],
+            "loss_distance": statistics.fmean(
+                abs(a - b) for a, b in zip(losses[name], losses["hubkit"], strict=True)
+            ),
+        }
+        for name in steps
+    }
+
+
+def report(options: argparse.Namespace) -> dict[str, Any]:
+    base = load_base(options.base)
+    recipe = Recipe(
+        rank=options.rank, alpha=2.0 * options.rank, targets=ALL_LINEAR, steps=options.steps, batch=options.batch, lr=5e-4
+    )
+    recipe = resolved(base, recipe, None)
+    assert recipe.template is not None
+    encoded = encode_all(examples(options.batch * options.steps, seed=7), recipe.template, base.tokenizer, recipe.max_length)
+    pristine = copy.deepcopy(base.model)
+    run = Run(base, recipe, encoded)
+    found = measure(run, contenders(run, pristine, options), options.steps)
+    run.close()
+    peers = {name: row["tokens_per_second"] for name, row in found.items() if name != "hubkit"}
+    best = max(peers, key=lambda name: peers[name])
+    return {
+        "base": base.name,
+        "rank": options.rank,
+        "batch": options.batch,
+        "steps": options.steps,
+        "contenders": found,
+        "best_peft": best,
+        "ratio": found["hubkit"]["tokens_per_second"] / peers[best],
+        "machine": {
+            "cpu": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+        },
+    }
+
+
+def human(found: dict[str, Any]) -> str:
+    lines = [f"{found['base']}, rank {found['rank']}, all linears, batch {found['batch']}, {found['steps']} steps"]
+    lines.append(f"{'':44}{'tokens/s':>9}{'last loss':>11}{'mean |Δ loss| to hubkit':>25}")
+    for name, row in found["contenders"].items():
+        lines.append(
+            f"{name:44}{row['tokens_per_second']:9.0f}{row['losses'][-1]:11.4f}{row['loss_distance']:25.4f}"
+        )
+    lines.append(f"hubkit trains {found['ratio']:.2f} times as fast as the best, {found['best_peft']}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__.split("\n")[0])
+    parser.add_argument("--base", help="base model; the default of hubkit if absent")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--peers", choices=("all", "fast"), default="all", help="fast: leave out the slowest")
+    parser.add_argument("--compile", action="store_true", help="also try torch.compile (needs a C++ compiler)")
+    parser.add_argument("--format", choices=("human", "json"), default="human")
+    options = parser.parse_args()
+    if options.steps <= WARM:
+        parser.error(f"--steps must be more than {WARM}")
+    found = report(options)
+    print(json.dumps(found) if options.format == "json" else human(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""The default: screen, find the strength of the mixture, refine it, and prove the result on held-out
+examples.
+
+Three findings shaped it (docs/composition.md): the losses of the adapters alone already order them well; how
+much adapter to add in all matters as much as which; and a search that follows five examples far from its
+start fits noise. So the search is short, starts from the best of a small grid of softmax mixtures, and is
+pulled back to it.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+
+from compose.method import Brief, Search, method
+from compose.methods.screen import screening, softmax_weights
+from compose.objective import Array
+from compose.optimizer import BOUND, Optimizer
+
+TEMPERATURES = (0.3, 0.75, 1.5)
+STRENGTHS = (0.5, 1.0, 1.5, 2.0, 3.0)
+SIGMA = 0.1
+PULL = 0.05  # nats for each unit of squared distance from the start
+
+
+@method(
+    "screen-refine",
+    "screen, then search strength and weights around the softmax mixture, accepted on held-out examples",
+    optimizer="DiagonalCMA",
+    screens=True,
+    accepts=True,
+)
+def screen_refine(brief: Brief) -> Search:
+    assert brief.optimizer is not None
+    screened = yield screening(brief.count)
+    grid = mixtures(screened)[: brief.budget]
+    scores = yield grid
+    start, best = lowest(grid, scores)
+    left = brief.budget - len(grid)
+    if not left:
+        return start
+    workers = 4 + int(3 * np.log(brief.count))  # CMA's own population
+    with Optimizer(
+        brief.optimizer, start, budget=left, seed=brief.seed, workers=workers, sigma=SIGMA
+    ) as optimizer:
+        found = start
+        while optimizer.remaining:
+            asked = optimizer.ask()
+            pulled = (yield asked) + PULL * np.square(asked - start).sum(1)
+            optimizer.tell(pulled)
+            candidate, value = lowest(asked, pulled)
+            if value < best:
+                found, best = candidate, value
+    return found
+
+
+def mixtures(screened: Array) -> Array:
+    """The grid [P, N] of softmax mixtures by overall strength and temperature, the plain one first."""
+    weights = [softmax_weights(screened)]
+    weights += [s * softmax_weights(screened, t) for s, t in product(STRENGTHS, TEMPERATURES)]
+    return np.unique(np.clip(weights, -BOUND, BOUND).round(12), axis=0, return_index=False)
+
+
+def lowest(candidates: Array, values: Array) -> tuple[Array, float]:
+    """The candidate with the lowest finite value, and that value."""
+    index = int(np.argmin(np.nan_to_num(values, nan=np.inf)))
+    return candidates[index], float(values[index])

@@ -1,0 +1,71 @@
+"""What a search minimises: numbers made of the token losses of the examples, one per candidate mixture.
+
+Arrays are numpy throughout the search: candidates are `weights` [P, N] (P mixtures of N adapters), their
+quality is a `Losses`, and an objective maps the two to [P] values. The model is behind `compose.population`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Cross-entropy of every target token under each of P candidates.
+
+    `tokens` [P, T] holds the losses, `rows` [T] says which example a token belongs to, examples being 0..n-1.
+    """
+
+    tokens: Array
+    rows: NDArray[np.int64]
+
+    @property
+    def examples(self) -> Array:
+        """Mean token loss of each example, [P, n]: the measure that no grouping into batches can change."""
+        member = np.equal.outer(self.rows, np.arange(self.rows.max() + 1)).astype(np.float64)  # [T, n]
+        return self.tokens @ (member / member.sum(0))
+
+
+class Objective(Protocol):
+    """Maps losses and weights [P, N] of P candidates to the P numbers that a search minimises."""
+
+    def __call__(self, losses: Losses, weights: Array) -> Array: ...
+
+
+@dataclass(frozen=True)
+class ExampleMean:
+    """The mean over the examples (`keep`: over these alone) of each example's mean token loss, plus l1 *
+    mean|w|.
+    """
+
+    keep: tuple[int, ...] | None = None
+    l1: float = 0.0
+
+    def __call__(self, losses: Losses, weights: Array) -> Array:
+        examples = losses.examples
+        kept = examples if self.keep is None else examples[:, list(self.keep)]
+        return kept.mean(1) + self.l1 * np.abs(weights).mean(1)
+
+
+@dataclass(frozen=True)
+class LoraHubObjective:
+    """The objective of LoraHub's code (arXiv 2307.13269; lorahub 0.1.0), its quirks included.
+
+    Each batch of consecutive examples contributes its mean over target tokens, the sum of those is divided by
+    the number of *examples*, and 0.05 * mean|w| is added. `batch_size` None: all examples are one batch.
+    """
+
+    batch_size: int | None = None
+    l1: float = field(default=0.05, kw_only=True)
+
+    def __call__(self, losses: Losses, weights: Array) -> Array:
+        count = int(losses.rows.max()) + 1
+        batch = losses.rows // min(self.batch_size or count, count)
+        means = [losses.tokens[:, batch == b].mean(1) for b in np.unique(batch)]
+        return np.sum(means, axis=0) / count + self.l1 * np.abs(weights).mean(1)

@@ -1,0 +1,149 @@
+"""Scores candidate mixtures on the examples: many in one forward, each once, whatever the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from compose.objective import Array, Losses
+from compose.plans import PLANS, Plan, Resident, Setting, cheapest, count_tokens
+from hubkit.adapter import Adapter
+from hubkit.base import Base
+from hubkit.errors import UsageError
+from hubkit.likelihood import Batch, collate
+from hubkit.lora.runtime import LoraRuntime
+from hubkit.prompt import Encoded
+
+# a further forward costs about as much as this many further tokens: below it, padding is cheaper than a new
+# batch
+OVERHEAD_TOKENS = {"cpu": 64, "cuda": 4096}
+MEMORY_SHARE = 0.25
+CPU_MEMORY = 2 << 30
+
+
+class Population:
+    """Candidate mixtures of `adapters` over `base`, scored on the encoded examples.
+
+    Everything that no weight changes is made once: token ids, batches of like length, stacked factors. Losses
+    are kept, so a candidate that comes again (in another fold, as a baseline) costs nothing.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        runtime: LoraRuntime,
+        adapters: Mapping[str, Adapter],
+        encoded: Sequence[Encoded],
+        *,
+        mode: str,
+        plan: str | None = None,
+    ) -> None:
+        """`runtime` must be able to hold every one of `adapters`. `plan` forces one of `compose.plans.PLANS`;
+        None chooses for each population by counted work.
+        """
+        self.base = base
+        self.runtime = runtime
+        self.mode = mode
+        self.device = base.device.type
+        self._buckets = buckets(
+            [len(e.prompt) + len(e.target) for e in encoded], OVERHEAD_TOKENS.get(self.device, 64)
+        )
+        self._batches = [
+            collate([encoded[i] for i in bucket], base.pad_id, seq2seq=base.seq2seq).to(base.device)
+            for bucket in self._buckets
+        ]
+        self._rows = np.concatenate(
+            [
+                np.asarray(bucket)[batch.rows.cpu().numpy()]
+                for bucket, batch in zip(self._buckets, self._batches, strict=True)
+            ]
+        )
+        self._order = np.argsort(self._rows, kind="stable")  # tokens in the order of the examples
+        self._known: dict[bytes, Array] = {}
+        setting = Setting(base.model, runtime, adapters, {})
+        with torch.inference_mode():
+            tokens, losses = count_tokens(base.model, self._batches, setting.paths)
+        self._keep(np.zeros((1, len(adapters))), losses)
+        setting = Setting(base.model, runtime, adapters, tokens)
+        fitting = [cls(setting, mode) for cls in PLANS.values() if cls.fits(setting, mode)]
+        self._resident = next(held for held in fitting if isinstance(held, Resident))
+        self._plans = _wanted(fitting, plan, mode)
+        self._room = self._candidates_at_once()
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._plans[0].setting.adapters)
+
+    def losses(self, weights: Array) -> Losses:
+        """The losses of the candidates `weights` [P, N]; new ones in as few forwards as memory allows."""
+        weights = weights + 0.0  # -0.0 is the same candidate as 0.0
+        rows = [row.tobytes() for row in weights]
+        fresh = {key: row for key, row in zip(rows, weights, strict=True) if key not in self._known}
+        todo = np.asarray(list(fresh.values()))
+        for start in range(0, len(todo), self._room):
+            chunk = todo[start : start + self._room]
+            plan = cheapest(self._plans, chunk, self.device)
+            with torch.inference_mode():
+                self._keep(chunk, list(plan.losses(chunk, self._batches)))
+        return Losses(np.stack([self._known[key] for key in rows]), self._rows[self._order])
+
+    def group(self, weights: Array) -> dict[str, float]:
+        """What `runtime.use` takes to run one candidate [N] outside of scoring; valid until the next call."""
+        with torch.inference_mode():
+            return self._resident.groups(weights[None])[0]
+
+    def _keep(self, weights: Array, losses: Sequence[torch.Tensor]) -> None:
+        tokens = torch.cat([batch.double().cpu() for batch in losses], dim=1).numpy()[:, self._order]
+        for row, scored in zip(weights, tokens, strict=True):
+            self._known[row.tobytes()] = scored
+
+    def _candidates_at_once(self) -> int:
+        """How many candidates one forward may hold without running out of memory."""
+        free = torch.cuda.mem_get_info()[0] * MEMORY_SHARE if self.device == "cuda" else CPU_MEMORY
+        return max(1, int(free // max(_bytes(self.base, batch) for batch in self._batches)))
+
+
+def _bytes(base: Base, batch: Batch) -> float:
+    """A generous estimate of what one forward of `batch` holds at its peak."""
+    config = base.model.config.get_text_config()
+    rows, width = batch.inputs["input_ids"].shape
+    hidden = config.hidden_size
+    inner = max(4 * hidden, *(int(getattr(config, key, 0) or 0) for key in ("intermediate_size", "d_ff")))
+    heads = config.num_attention_heads
+    vocabulary = base.model.get_output_embeddings().weight.shape[0]
+    activations = rows * width * (10 * hidden + 3 * inner) + rows * heads * width**2 * 2
+    return 4.0 * activations + 12.0 * len(batch.targets) * vocabulary
+
+
+def _wanted(plans: list[Plan], name: str | None, mode: str) -> list[Plan]:
+    if name is None:
+        return plans
+    if name not in PLANS:
+        raise UsageError(f"There is no plan {name!r}.", f"Use {', '.join(PLANS)}.")
+    chosen = [plan for plan in plans if plan.name == name]
+    if not chosen:
+        raise UsageError(
+            f"The plan {name!r} can't run {mode} mixtures on this model.", "Leave the choice to hubkit."
+        )
+    return chosen
+
+
+def buckets(lengths: Sequence[int], overhead: int) -> list[list[int]]:
+    """Partition examples into batches of like length, so that padding and `overhead` tokens a batch are
+    least.
+
+    Sorted by length, each batch is a run of neighbours; the best cut before each position follows from the
+    earlier ones.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    best: list[tuple[float, int]] = [(0.0, 0)]  # cost of the first `end` examples, start of their last batch
+    for end in range(1, len(order) + 1):
+        longest = lengths[order[end - 1]]
+        best.append(min((best[start][0] + longest * (end - start) + overhead, start) for start in range(end)))
+    cuts = [len(order)]
+    while cuts[-1]:
+        cuts.append(best[cuts[-1]][1])
+    return [order[start:end] for start, end in pairwise(reversed(cuts))]

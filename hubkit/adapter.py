@@ -1,0 +1,289 @@
+"""What an adapter is: low-rank branches per module, full tensors beside them, metadata; and PEFT's files.
+
+An adapter that goes from peft through hubkit to peft comes back bit-equal. `docs/adapters.md` lists what is
+represented, what is refused, and the fields of `hubkit.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hubkit import peft_format
+from hubkit.errors import NotFoundError, PolicyError, UsageError
+from hubkit.peft_format import Scaling, Scalings
+from hubkit.policy import CONFIG, META, PREFIX, WEIGHTS, check_file_names, escape, read_object
+from hubkit.prompt import Template
+
+META_VERSION = 1
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PARTS = ("A", "B", "magnitude", "bias")
+
+
+@dataclass(eq=False)
+class LowRank:
+    """One branch: ΔW = scale · B A on the module that its key names, W being [out, in].
+
+    A is [r, in] and B [out, r], both float32, float16 or bfloat16. On an embedding of n tokens A is [r, n], B
+    [dim, r], and its table [n, dim] changes by scale · (B A)ᵀ. `magnitude` [out] is DoRA's m (arXiv
+    2402.09353): W' = m · (W + ΔW) / ‖W + ΔW‖ by rows of W. `bias` [out] is the bias of B, which adds
+    scale · bias to the output.
+    """
+
+    A: Tensor
+    B: Tensor
+    alpha: float
+    rslora: bool = False
+    magnitude: Tensor | None = None
+    bias: Tensor | None = None
+    embedding: bool = False
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def scale(self) -> float:
+        """alpha / r, or alpha / √r for a rank-stabilised branch."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def linear(self) -> bool:
+        """Whether scale · B A is all of it, so that branches may be added."""
+        return self.magnitude is None and self.bias is None
+
+    def parts(self) -> dict[str, Tensor]:
+        """Its tensors by part, without those it lacks."""
+        return {part: tensor for part in PARTS if (tensor := getattr(self, part)) is not None}
+
+
+@dataclass(eq=False)
+class Adapter:
+    """Branches and full tensors by module path in the base model (PEFT's key without `base_model.model.`).
+
+    `config` is adapter_config.json as read, `meta` is hubkit.json (`{"version": 1}` where there was none).
+    """
+
+    branches: dict[str, LowRank]
+    saved: dict[str, Tensor] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=lambda: {"version": META_VERSION})
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of its branches."""
+        return max(branch.rank for branch in self.branches.values())
+
+    @property
+    def template(self) -> Template:
+        """The prompt template that it was trained with; for a foreign adapter, the usual one for its base."""
+        if self.meta.get("template") is None and self.config.get("task_type") == "SEQ_2_SEQ_LM":
+            return Template("seq2seq")
+        return Template.from_json(self.meta.get("template"))
+
+    @classmethod
+    def load(cls, folder: Path) -> Adapter:
+        """Read a PEFT LoRA folder.
+
+        Raises:
+            NotFoundError: the folder or one of its two files is missing.
+            PolicyError: it holds what hubkit can't represent, or files that contradict each other.
+            UsageError: its hubkit.json was written by a newer hubkit.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise NotFoundError(f"There is no folder {escape(str(folder))}.", "Check the path.")
+        present = check_file_names(os.listdir(folder), str(folder))
+        config = read_object(folder / CONFIG)
+        peft_format.check_config(config)
+        meta = check_meta(read_object(folder / META)) if META in present else {"version": META_VERSION}
+        branches, saved = _assemble(_read_tensors(folder / WEIGHTS), config)
+        return cls(branches, saved, config, meta)
+
+    def save(self, folder: Path) -> None:
+        """Write PEFT's two files, and hubkit.json where it says more than its version."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(_separate(self.tensors()), folder / WEIGHTS, metadata={"format": "pt"})
+        # PEFT's own spelling, so that a config that was only read comes back byte for byte
+        (folder / CONFIG).write_text(json.dumps(self.config, indent=2, allow_nan=False))
+        if set(self.meta) > {"version"}:
+            (folder / META).write_text(
+                json.dumps(self.meta, indent=2, sort_keys=True, allow_nan=False) + "\n"
+            )
+        else:
+            (folder / META).unlink(missing_ok=True)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors under PEFT's names."""
+        named = {
+            peft_format.join_key(module, part, branch.embedding): tensor
+            for module, branch in self.branches.items()
+            for part, tensor in branch.parts().items()
+        }
+        return named | {PREFIX + name: tensor for name, tensor in self.saved.items()}
+
+    @classmethod
+    def new(
+        cls,
+        branches: Mapping[str, LowRank],
+        *,
+        base_name: str | None,
+        task_type: str | None,
+        target_modules: Iterable[str],
+        meta: Mapping[str, Any],
+        dropout: float = 0.0,
+    ) -> Adapter:
+        """An adapter of fresh branches with a config that peft loads; deviating ranks go into its patterns.
+
+        Args:
+            task_type: PEFT's word for the kind of base, "CAUSAL_LM" or "SEQ_2_SEQ_LM".
+            target_modules: module names as PEFT takes them: whole paths or their last parts.
+
+        Raises:
+            UsageError: there are no branches, or only some of them are rank-stabilised, DoRA or biased, which
+                PEFT's config can't say.
+        """
+        kinds = {(b.rslora, b.magnitude is not None, b.bias is not None) for b in branches.values()}
+        if len(kinds) != 1:
+            cause = "mix rsLoRA, DoRA or biased branches with others" if kinds else "be empty"
+            raise UsageError(f"A PEFT adapter can't {cause}.", "Give branches of one kind.")
+        _, dora, bias = kinds.pop()
+        config = peft_format.build_config(
+            {module: Scaling(b.rank, b.alpha, b.rslora) for module, b in branches.items()},
+            base_name=base_name,
+            task_type=task_type,
+            target_modules=target_modules,
+            dropout=dropout,
+            dora=dora,
+            bias=bias,
+        )
+        return cls(dict(branches), {}, config, check_meta({"version": META_VERSION, **meta}))
+
+
+def check_meta(meta: dict[str, Any]) -> dict[str, Any]:
+    """`meta` itself if this hubkit understands it.
+
+    Raises:
+        UsageError: it is of another version of the format.
+        PolicyError: rule `meta`; a field has the wrong type, or hubkit doesn't know a convention.
+    """
+    if meta.get("version") != META_VERSION or type(meta["version"]) is not int:
+        raise UsageError(
+            f"{META} is of version {escape(str(meta.get('version')))[:20]}, not {META_VERSION}.",
+            "Upgrade hubkit.",
+        )
+    for key in ("base", "template", "recipe", "conventions", "metrics"):
+        if not isinstance(meta.get(key, {}), dict):
+            raise PolicyError(f"{META} has a {key!r} that is no object.", "Correct or remove it.", "meta")
+    for convention in meta.get(
+        "conventions", {}
+    ):  # each changes what the tensors mean; version 1 defines none
+        raise PolicyError(
+            f"{META} states the convention {escape(convention)[:60]!r}, which this hubkit doesn't know.",
+            "Upgrade hubkit.",
+            "meta",
+        )
+    return meta
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise PolicyError(
+            f"{path.name} can't be read: {error}.", "Save the adapter again.", "tensors"
+        ) from None
+
+
+def _assemble(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> tuple[dict[str, LowRank], dict[str, Tensor]]:
+    """PEFT's tensors as branches and full tensors, checked against the config."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    saved: dict[str, Tensor] = {}
+    embeddings: set[str] = set()
+    for key, tensor in tensors.items():
+        module, part = peft_format.split_key(key)
+        _check_tensor(key, tensor, dims=(1,) if part in ("magnitude", "bias") else (2,) if part else (1, 2))
+        if part is None:
+            saved[module] = tensor
+            continue
+        if part in parts.setdefault(module, {}):
+            raise _contradiction(f"{module} has two factors {part}")
+        parts[module][part] = tensor
+        if "lora_embedding_" in key:
+            embeddings.add(module)
+    if not parts:
+        raise PolicyError(f"{WEIGHTS} holds no LoRA factors.", "Give a LoRA adapter.", "factors")
+    scalings = Scalings(config)
+    branches = {m: _branch(m, p, scalings.of(m), m in embeddings, config) for m, p in parts.items()}
+    return branches, saved
+
+
+def _check_tensor(key: str, tensor: Tensor, dims: tuple[int, ...]) -> None:
+    if tensor.dim() not in dims or tensor.numel() == 0:
+        raise PolicyError(
+            f"{key} has the shape {tuple(tensor.shape)}, which hubkit can't represent.",
+            "Give a LoRA of linear layers and embeddings.",
+            "shape",
+        )
+    if tensor.dtype not in DTYPES:
+        raise PolicyError(
+            f"{key} is stored as {tensor.dtype}.", "Save it as float32, float16 or bfloat16.", "dtype"
+        )
+
+
+def _branch(
+    module: str, parts: dict[str, Tensor], stated: Scaling, embedding: bool, config: Mapping[str, Any]
+) -> LowRank:
+    if "A" not in parts or "B" not in parts:
+        raise _contradiction(f"{module} has one LoRA factor without the other")
+    branch = LowRank(**parts, alpha=stated.alpha, rslora=stated.rslora, embedding=embedding)
+    if branch.B.shape[1] != branch.rank or branch.rank != stated.rank:
+        shapes = f"{tuple(branch.A.shape)} and {tuple(branch.B.shape)}"
+        raise _contradiction(
+            f"the factors of {module} have the shapes {shapes}, but {CONFIG} states rank {stated.rank}"
+        )
+    for part, key in (("magnitude", "use_dora"), ("bias", "lora_bias")):
+        tensor = getattr(branch, part)
+        # peft ignores a part that its config doesn't announce and invents one that is announced but missing
+        if (tensor is not None) != bool(config.get(key)):
+            raise _contradiction(
+                f"{CONFIG} states {key}={bool(config.get(key))}, but {module} says otherwise"
+            )
+        if tensor is not None and tensor.shape[0] != branch.B.shape[0]:
+            raise _contradiction(
+                f"the {part} of {module} has the length {tensor.shape[0]}, not {branch.B.shape[0]}"
+            )
+    return branch
+
+
+def _contradiction(what: str) -> PolicyError:
+    return PolicyError(
+        f"The adapter's files contradict each other: {what}.", "Save the adapter again.", "factors"
+    )
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """CPU tensors that own their memory, as safetensors wants them: no views, none shared."""
+    owned: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        flat = tensor.detach().cpu().contiguous()
+        storage = flat.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != flat.numel() * flat.element_size():
+            flat = flat.clone()
+        seen.add(flat.untyped_storage().data_ptr())
+        owned[name] = flat
+    return owned

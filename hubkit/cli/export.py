@@ -1,0 +1,38 @@
+"""`hubkit export NAME DIR --for TARGET`: hand an adapter or a mixture to other software."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hubkit.cli.output import Format, FormatOption, Output
+
+EPILOG = "Examples:  hubkit export plural ./out --for peft   |   hubkit export '0.7*a+0.3*b' ./merged --for merged"
+
+
+def register(app: typer.Typer) -> None:
+    app.command("export", epilog=EPILOG)(export)
+
+
+def export(
+    name: Annotated[str, typer.Argument(help="an adapter or a mixture (stored or 0.7*a+0.3*b)")],
+    folder: Annotated[Path, typer.Argument(help="the folder to write; it must not exist or be empty")],
+    target: Annotated[str, typer.Option("--for", help="peft or merged")] = "peft",
+    rank: Annotated[int | None, typer.Option(help="truncate a mixture to this rank (peft)")] = None,
+    base: Annotated[str | None, typer.Option(help="base model (merged): alias, hub id, folder or GGUF file")] = None,
+    format: FormatOption = Format.human,
+) -> None:
+    """Write an adapter or a mixture as a PEFT folder, or merged into the base model."""
+    from hubkit.hub import Hub
+
+    adapters, weights, mode = Hub().parts(name)
+    from hubkit.export import export as run
+
+    report = run(adapters, weights, folder, target, mode=mode, rank=rank, base=base)
+
+    def human() -> None:
+        print(f"{report['path']}  ({report['kind']}, max relative error {report['max_rel_error']:.2e})")
+
+    Output(format).result(report, human, report["path"])

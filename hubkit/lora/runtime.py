@@ -1,0 +1,217 @@
+"""Adapters in a live model: place them, route batch rows to them, take them out again."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hubkit.errors import UsageError
+from hubkit.lora.linear import MultiLoraLinear, Switch
+from hubkit.lora.routing import Routing
+
+if TYPE_CHECKING:
+    from hubkit.adapter import Adapter, LowRank
+
+
+class LoraRuntime:
+    """Many adapters resident in one transformers model, and for every batch row its own mixture of them.
+
+        runtime = LoraRuntime(model)
+        runtime.add("a", adapter); runtime.add("b", other)
+        with runtime.use([{"a": 1.0}, {"a": 0.7, "b": 0.3}, {}]):    # three rows: a, a mixture, the base
+            model.generate(...)
+
+    Outside a `use` block the model computes the bare base, to the bit. One thread at a time.
+    """
+
+    def __init__(self, model: Any, *, targets: Iterable[str] | None = None) -> None:
+        """`targets`: the linears that adapters may touch, by path or by its last parts ("q_proj",
+        "self_attn.o_proj"). None allows every nn.Linear but the output head. A linear is replaced when the
+        first adapter needs it."""
+        self.model = model
+        self.targets = None if targets is None else tuple(targets)
+        self._switch = Switch()
+        self._linears: dict[str, MultiLoraLinear] = {}
+        self._originals: dict[str, nn.Linear] = {}
+        self._adapters: dict[str, tuple[str, ...]] = {}  # key -> the module paths that it occupies
+
+    @property
+    def keys(self) -> list[str]:
+        return list(self._adapters)
+
+    def add(self, key: str, adapter: Adapter) -> None:
+        """Place the adapter's branches into the arenas, in the model's dtype.
+
+        All or nothing. UsageError: the key is taken, a module or a shape does not fit, a factor is not
+        finite, or the adapter has parts that cannot run here (DoRA, saved tensors, embedding branches, LoRA
+        biases).
+        """
+        self._refuse_in_use("add")
+        if key in self._adapters:
+            raise UsageError(
+                f"An adapter is already loaded as {key!r}.", "Remove it first, or choose another key."
+            )
+        self._check(key, adapter)
+        for path, branch in adapter.branches.items():
+            if path not in self._linears:
+                self._replace(path)
+            self._linears[path].arena.add(key, branch.A, branch.B, branch.scale)
+        self._adapters[key] = tuple(adapter.branches)
+
+    def remove(self, key: str) -> None:
+        """Free the adapter's rows; UsageError if there is none of that key."""
+        self._refuse_in_use("remove")
+        self._require(key)
+        for path in self._adapters.pop(key):
+            self._linears[path].arena.remove(key)
+
+    def factors(self, key: str) -> dict[str, tuple[Tensor, Tensor]]:
+        """Module path -> (A [r, in], Bt [r, out]): views for rewriting an adapter in place between two `use`
+        blocks.
+
+        A key may be added with all-zero factors just to be a slot for this. The views end with the next
+        `add`; what is written inside a `use` block takes effect in the next one.
+        """
+        self._require(key)
+        return {path: self._linears[path].arena.factors(key) for path in self._adapters[key]}
+
+    @contextmanager
+    def use(
+        self, groups: Sequence[Mapping[str, float]], rows: Sequence[int] | Tensor | None = None
+    ) -> Iterator[None]:
+        """Within the block, batch row b computes the base plus `sum(w * delta(key))` over `groups[rows[b]]`.
+
+        rows: the group of each batch row; None gives row b group b, or, with a single group, every row that
+        one. A row's group serves all its tokens. Blocks nest; the inner one replaces the outer. UsageError:
+        unknown key, non-finite weight, a row that names no group.
+        """
+        routing = self._routing(groups, rows)
+        outer, self._switch.routing = self._switch.routing, routing
+        try:
+            yield
+        finally:
+            self._switch.routing = outer
+            routing.close()
+
+    def detach(self) -> None:
+        """Put the original modules back and drop all adapters."""
+        self._refuse_in_use("detach")
+        for path, original in self._originals.items():
+            self.model.set_submodule(path, original)
+        self._linears.clear()
+        self._originals.clear()
+        self._adapters.clear()
+
+    def _routing(self, groups: Sequence[Mapping[str, float]], rows: Sequence[int] | Tensor | None) -> Routing:
+        for group in groups:
+            for key, weight in group.items():
+                self._require(key)
+                if not math.isfinite(weight):
+                    raise UsageError(
+                        f"The weight of {key!r} is {weight}.", "Weights have to be finite numbers."
+                    )
+        if rows is None:
+            index = None if len(groups) == 1 else torch.arange(len(groups))
+        else:
+            index = torch.as_tensor(rows, dtype=torch.long, device="cpu")
+            if index.dim() != 1 or not all(0 <= row < len(groups) for row in index.tolist()):
+                raise UsageError(
+                    f"Rows name groups from 0 to {len(groups) - 1}, but got {index.tolist()}.",
+                    "Give one group index for each row of the batch.",
+                )
+        for linear in self._linears.values():
+            linear.arena.follow(linear.weight)
+        return Routing(groups, index)
+
+    def _check(self, key: str, adapter: Adapter) -> None:
+        if adapter.saved:
+            raise UsageError(
+                f"Adapter {key!r} replaces whole tensors ({_some(adapter.saved)}): they cannot differ by row.",
+                "Merge it into a copy of the base instead.",
+            )
+        for path, branch in adapter.branches.items():
+            unsupported = {
+                "a DoRA magnitude": branch.magnitude is not None,
+                "a LoRA bias": branch.bias is not None,
+                "an embedding branch": branch.embedding,
+            }
+            for what, present in unsupported.items():
+                if present:
+                    raise UsageError(
+                        f"Adapter {key!r} has {what} on {path!r}, which cannot run from the arena yet.",
+                        "Merge it into a copy of the base instead.",
+                    )
+            self._check_shape(key, path, branch)
+
+    def _check_shape(self, key: str, path: str, branch: LowRank) -> None:
+        linear = self._linears.get(path) or self._find(key, path)
+        rank = branch.A.shape[0]
+        expected = (rank, linear.in_features), (linear.out_features, rank)
+        if (tuple(branch.A.shape), tuple(branch.B.shape)) != expected or rank == 0:
+            raise UsageError(
+                f"Adapter {key!r} has A {tuple(branch.A.shape)} and B {tuple(branch.B.shape)} on {path!r}, "
+                f"a linear from {linear.in_features} to {linear.out_features} features.",
+                "Use the base model that the adapter was trained on.",
+            )
+        if not (branch.A.isfinite().all() and branch.B.isfinite().all() and math.isfinite(branch.scale)):
+            raise UsageError(
+                f"Adapter {key!r} holds NaN or infinity on {path!r}.", "Train or download it again."
+            )
+
+    def _find(self, key: str, path: str) -> nn.Linear:
+        """The model's own linear at a path that no adapter has touched yet."""
+        try:
+            module = self.model.get_submodule(path)
+        except AttributeError:
+            raise UsageError(
+                f"Adapter {key!r} has weights for {path!r}, which this model does not have.",
+                "Use the base model that the adapter was trained on.",
+            ) from None
+        # a subclass computes something else (quantised weights, a parallel shard), as does another adapter
+        # library
+        if type(module) is not nn.Linear:
+            raise UsageError(
+                f"Adapter {key!r} targets {path!r}, which is a {type(module).__name__}, not a plain nn.Linear.",
+                "Merge the adapter into a copy of the base instead.",
+            )
+        if not self._allowed(path, module):
+            raise UsageError(
+                f"Adapter {key!r} targets {path!r}, which is not among the modules that adapters may touch.",
+                "Pass it in `targets`.",
+            )
+        return module
+
+    def _allowed(self, path: str, module: nn.Module) -> bool:
+        if self.targets is None:
+            head = (
+                self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
+            )
+            return module is not head
+        return any(path == target or path.endswith("." + target) for target in self.targets)
+
+    def _replace(self, path: str) -> None:
+        original = self.model.get_submodule(path)
+        self._originals[path] = original
+        self._linears[path] = MultiLoraLinear(original, self._switch)
+        self.model.set_submodule(path, self._linears[path])
+
+    def _require(self, key: str) -> None:
+        if key not in self._adapters:
+            near = difflib.get_close_matches(key, self._adapters, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Loaded are: {_some(self._adapters) or 'none'}."
+            raise UsageError(f"No adapter is loaded as {key!r}.", hint)
+
+    def _refuse_in_use(self, what: str) -> None:
+        if self._switch.routing is not None:
+            raise UsageError(f"Cannot {what} while a `use` block is open.", "Leave the block first.")
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    return ", ".join(listed[:5]) + (", ..." if len(listed) > 5 else "")

@@ -1,0 +1,48 @@
+"""The multi-LoRA linear in plain PyTorch: the meaning that every fast path has to reproduce."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+
+def multilora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, Bt: Tensor, C: Tensor, group: Tensor
+) -> Tensor:
+    """`y = x Wᵀ + b + ((x Aᵀ) ⊙ C[group]) Bt`, group by group; shapes as in `hubkit.ops.multilora_linear`.
+
+    A group reads no arena rows but those for which it has a non-zero coefficient, so a row without any is the
+    base's to the bit, and whatever lies in the other rows (freed, another tenant's, NaN) cannot reach it. The
+    delta is computed and added in C's dtype (fp32), then rounded once to y's.
+    """
+    y = linear(x, weight, bias)
+    for g in group.unique().tolist():
+        rows = (group == g).nonzero().squeeze(1)
+        columns = C[g].nonzero().squeeze(1)
+        if len(columns):
+            shrunk = (x[rows].to(C.dtype) @ A[columns].to(C.dtype).T) * C[g, columns]
+            delta = shrunk @ Bt[columns].to(C.dtype)
+            y = y.index_copy(0, rows, (y[rows].to(C.dtype) + delta).to(y.dtype))
+    return y
+
+
+def route(C: Tensor, group: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return C, group
+
+
+def plan(
+    members: Sequence[tuple[tuple[Tensor, Tensor | None], Tensor, Tensor]],
+) -> Callable[..., list[Tensor]]:
+    def call(x: Tensor, weights: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+        flat = x.reshape(-1, x.shape[-1])
+        outputs = []
+        for ((C, group), A, Bt), (weight, bias) in zip(members, weights, strict=True):
+            rows = torch.zeros(len(flat), dtype=torch.long, device=x.device) if group is None else group
+            y = multilora_linear(flat, weight, bias, A, Bt, C, rows)
+            outputs.append(y.view(*x.shape[:-1], len(weight)))
+        return outputs
+
+    return call
