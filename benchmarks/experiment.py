@@ -134,19 +134,12 @@ class Cell:
         from hubkit.combine import concatenate, factor_sum
 
         result = compose(self.base, self.candidates, self.shots, seed=self.seed, **options)
-        adapters = {c.name: c.adapter for c in self.candidates}
-        if options["method"] == "random-pool":
-            from compose.method import get_method
-
-            pool = get_method("random-pool").pool
-            assert pool is not None
-            adapters = pool(adapters, self.seed)
         used = {name: weight for name, weight in result.mixed.items() if weight}
         facts = {"chosen": result.chosen, "train_loss": result.loss, "strength": sum(used.values())}
         if not used:
             return self.score() | facts
         join = factor_sum if result.mode == "factor" else concatenate
-        return self.score(join([adapters[name] for name in used], list(used.values()))) | facts
+        return self.score(join([result.adapters[name] for name in used], list(used.values()))) | facts
 
     def scratch(self) -> dict[str, Any]:
         """A new adapter of the starter set's shape, trained on the shots alone (20 epochs at a tenth of the rate

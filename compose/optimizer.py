@@ -17,10 +17,11 @@ from typing import Any
 import nevergrad as ng
 import numpy as np
 from nevergrad.optimization.base import Optimizer as NevergradOptimizer
+from nevergrad.optimization.optimizerlib import NGOptBase
 from nevergrad.optimization.recaster import MessagingThread
 
 from compose.objective import Array
-from hubkit.errors import UsageError
+from hubkit.errors import HubkitError, UsageError
 
 BOUND = 1.5
 JOIN_SECONDS = 10.0
@@ -45,8 +46,14 @@ def optimizer_name(name: str) -> str:
 
 
 def is_sequential(name: str) -> bool:
-    """Whether the optimiser `name` needs each answer before it can ask again."""
-    return bool(getattr(ng.optimizers.registry[optimizer_name(name)], "no_parallelization", False))
+    """Whether the optimiser `name` needs each answer before it can ask again.
+
+    Those that choose an algorithm by themselves (NGOpt and its kin) count as well: told of several workers, they
+    would choose another.
+    """
+    optimizer = ng.optimizers.registry[optimizer_name(name)]
+    chooses = isinstance(optimizer, type) and issubclass(optimizer, NGOptBase)
+    return chooses or bool(getattr(optimizer, "no_parallelization", False))
 
 
 @contextmanager
@@ -89,11 +96,11 @@ class Optimizer:
         space.random_state = np.random.RandomState(
             np.random.RandomState(seed).randint(2**32, dtype=np.uint32)
         )
-        name = optimizer_name(name)
+        self.name = optimizer_name(name)
         self.workers = 1 if is_sequential(name) else max(1, min(workers, budget))
         self.remaining = budget
-        with _quiet():
-            self._optimizer = ng.optimizers.registry[name](space, budget=budget, num_workers=self.workers)
+        with _foreign(self.name):
+            self._optimizer = ng.optimizers.registry[self.name](space, budget=budget, num_workers=self.workers)
         self._asked: list[Any] = []
 
     def __enter__(self) -> Optimizer:
@@ -109,14 +116,14 @@ class Optimizer:
     def ask(self) -> Array:
         """The next candidates, [P, N], P at most `workers` and what is left of the budget."""
         count = min(self.workers, self.remaining)
-        with _quiet():
+        with _foreign(self.name):
             self._asked = [self._optimizer.ask() for _ in range(count)]
         self.remaining -= count
         return np.stack([candidate.value for candidate in self._asked])
 
     def tell(self, values: Sequence[float] | Array) -> None:
         """The objective of each candidate of the last `ask`, in its order."""
-        with _quiet():
+        with _foreign(self.name):
             for candidate, value in zip(
                 self._asked, np.nan_to_num(values, nan=WORST, posinf=WORST), strict=True
             ):
@@ -125,7 +132,7 @@ class Optimizer:
 
     def recommend(self) -> Array:
         """What the optimiser takes for the best point, [N]."""
-        with _quiet():
+        with _foreign(self.name):
             if self.remaining == 0:
                 for thread in _threads(self._optimizer):
                     _let_finish(thread)
@@ -159,15 +166,19 @@ def _let_finish(thread: MessagingThread) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """nevergrad and the libraries under it warn about their own defaults (COBYLA's RHOEND, random
-    restarts).
-    """
+def _foreign(name: str) -> Iterator[None]:
+    """Around nevergrad's own code: what fails in there is an error that names the optimiser, and its warnings about
+    defaults that nobody set (COBYLA's RHOEND, random restarts) are not shown."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
+    except Exception as error:  # some of its hundreds need other packages, or other versions of them
+        raise HubkitError(
+            f"nevergrad's optimiser {name} failed: {type(error).__name__}: {error}.",
+            "Use another, such as Cobyla, CMA or DiagonalCMA.",
+        ) from error
     finally:
         logging.disable(level)

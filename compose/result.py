@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hubkit.errors import UsageError
+from hubkit.adapter import Adapter
 from hubkit.mixture import Mixture
 from hubkit.prompt import Template
 
@@ -47,6 +48,7 @@ class Result:
     leave_one_out: dict[str, float] = field(default_factory=dict)
     examples: list[dict[str, Any]] = field(default_factory=list)
     mixture: Mixture | None = None
+    adapters: dict[str, Adapter] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -81,5 +83,5 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         """The result as JSON values, the mixture in its written form."""
-        plain = {name: value for name, value in vars(self).items() if name not in ("template", "meta")}
+        plain = {name: value for name, value in vars(self).items() if name not in ("template", "meta", "adapters")}
         return {**plain, "mixture": None if self.mixture is None else str(self.mixture)}

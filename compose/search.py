@@ -120,6 +120,7 @@ def compose(
         runtime.detach()
     result.warnings = sieve.warnings + result.warnings
     result.mixture = None if chosen.pool is not None else _mixture(kept, result.mixed, mode)
+    result.adapters = adapters
     result.meta = _meta(base, template, result)
     result.seconds = time.perf_counter() - started
     return result

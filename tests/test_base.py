@@ -124,7 +124,7 @@ def test_a_model_that_brings_code_is_refused_and_the_code_not_run(folder, home):
 
 
 def test_a_folder_without_model_files(tmp_path, home):
-    with pytest.raises(NotFoundError, match="config.json"):
+    with pytest.raises(NotFoundError, match=r"config\.json"):
         load_base(tmp_path, home=home)
 
 
@@ -264,7 +264,7 @@ def tiny_gguf(tmp_path_factory) -> Path:
 
 
 def check_against_gguf(folder: Path, path: Path, config: Any) -> int:
-    """Every tensor in `folder` equals gguf's own dequantisation rounded to bf16; returns how many there are."""
+    """Every tensor in `folder` is gguf's own dequantisation rounded to bf16; returns how many there are."""
     from gguf import MODEL_ARCH, GGUFReader, get_tensor_name_map
     from gguf.quants import dequantize
 
@@ -284,7 +284,7 @@ def test_gguf_conversion_is_the_files_own_numbers_in_bf16(tiny_gguf, home, capfd
     assert check_against_gguf(base.folder, tiny_gguf, base.model.config) == 3 + 2 * 9
     assert capfd.readouterr().err == ""
     assert "quantization_config" not in inspect_base(tiny_gguf, home=home).config
-    # the merge of two line breaks applies before a digit too: the vocabulary was learned with digits split off
+    # line breaks merge before a digit too: the vocabulary was learned with digits split off first
     assert base.tokenizer.tokenize("a\n\n12") == ["a", "ĊĊ", "1", "2"]
 
 

@@ -144,8 +144,9 @@ def test_names_with_owners_do_not_collide_with_tags(tmp_path):
 )
 def test_names_that_are_no_names_never_reach_the_disk(tmp_path, name):
     refs = Store(tmp_path / "home").refs
-    with pytest.raises(PolicyError):
-        refs.move(Ref(name, "latest", count(1)))
+    for use in (lambda: refs.move(Ref(name, "latest", count(1))), lambda: refs.read(name)):
+        with pytest.raises(PolicyError):
+            use()
     assert not list(tmp_path.rglob("*1*"))
 
 

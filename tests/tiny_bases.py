@@ -1,4 +1,4 @@
-"""Folders of tiny random base models with a byte-level tokenizer, as `load_base` reads them, and a tiny GGUF file."""
+"""Folders of tiny random base models with a byte-level tokenizer, as `load_base` reads them, and a GGUF."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def write_gguf(path: Path, model: Any) -> Path:
 
 
 def permute(name: str, data: np.ndarray, config: Any, *, back: bool = False) -> np.ndarray:
-    """The order of rotary dimensions that llama.cpp wants in queries and keys (`back`: the one of transformers)."""
+    """The order of rotary dimensions that llama.cpp wants in queries and keys, or `back` to the usual."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for part, count in heads.items():
         if f".{part}." in name:

@@ -57,9 +57,12 @@ def screen_refine(brief: Brief) -> Search:
 
 def mixtures(screened: Array) -> Array:
     """The grid [P, N] of softmax mixtures by overall strength and temperature, the plain one first."""
-    weights = [softmax_weights(screened)]
-    weights += [s * softmax_weights(screened, t) for s, t in product(STRENGTHS, TEMPERATURES)]
-    return np.unique(np.clip(weights, -BOUND, BOUND).round(12), axis=0, return_index=False)
+    grid = [softmax_weights(screened)]
+    for strength, temperature in product(STRENGTHS, TEMPERATURES):
+        weights = np.clip(strength * softmax_weights(screened, temperature), -BOUND, BOUND)
+        if not any(np.array_equal(weights, known) for known in grid):
+            grid.append(weights)
+    return np.stack(grid)
 
 
 def lowest(candidates: Array, values: Array) -> tuple[Array, float]:

@@ -84,7 +84,10 @@ def architecture_digest(folder: Path) -> str:
     heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
     facts["head_dim"] = getattr(config, "head_dim", None) or (width // heads if heads and width else None)
     facts["rope"] = _plain(getattr(config, "rope_parameters", None))
-    content = {"facts": {k: v for k, v in facts.items() if v is not None}, "tokenizer": _vocabulary(folder)}
+    content = {
+        "facts": {k: v for k, v in facts.items() if v is not None},
+        "tokenizer": _vocabulary(folder, config.vocab_size),
+    }
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
@@ -99,7 +102,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _vocabulary(folder: Path) -> dict[str, Any]:
+def _vocabulary(folder: Path, size: int) -> dict[str, Any]:
+    """Tokens by id, and merges. Ids past the embedding, which conversions may add, are left out."""
     file = folder / "tokenizer.json"
     if file.is_file():
         data = json.loads(file.read_text(encoding="utf-8"))
@@ -116,7 +120,7 @@ def _vocabulary(folder: Path) -> dict[str, Any]:
     merges = [
         merge.split(" ") if isinstance(merge, str) else merge for merge in data["model"].get("merges", ())
     ]
-    return {"vocab": sorted((i, token) for token, i in ids.items()), "merges": merges}
+    return {"vocab": sorted((i, token) for token, i in ids.items() if i < size), "merges": merges}
 
 
 def weights_digest(folder: Path) -> str:
@@ -174,7 +178,9 @@ def check_fits(adapter_base: Mapping[str, Any] | None, fingerprint: Fingerprint,
     if "architecture" not in theirs:
         if "name" in theirs and same_model(theirs["name"], name):
             return []
-        return [f"The adapter was made for {made_for} and has no fingerprint: only its shapes can be checked."]
+        return [
+            f"The adapter was made for {made_for} and has no fingerprint: only its shapes can be checked."
+        ]
     if theirs["architecture"] != fingerprint.architecture:
         raise UsageError(
             f"The adapter was made for {made_for} (architecture {_short(theirs['architecture'])}), "

@@ -38,7 +38,6 @@ def compose(
         int | None, typer.Option(min=1, metavar="RANK", help="store a LoRA of at most this rank instead of a mixture")
     ] = None,
     report: Annotated[Path | None, typer.Option(help="folder for an HTML page with plots")] = None,
-    random_pool: Annotated[bool, typer.Option("--random-pool", help="also try a pool of random adapters")] = False,
     list_methods: Annotated[bool, typer.Option("--list-methods", help="list the methods and exit")] = False,
     format: FormatOption = Format.human,
 ) -> None:
@@ -61,7 +60,7 @@ def compose(
     for candidate in source or ():
         hub.entry(candidate)  # an unknown name fails before the model is loaded
 
-    from compose import search
+    from compose import DEFAULT, search
     from hubkit.base import load_base
 
     model = load_base(base)
@@ -71,36 +70,49 @@ def compose(
             hub,
             examples,
             candidates=source,
-            method=method,
+            method=method or DEFAULT,
             mode=mode,
             optimizer=optimizer,
             budget=budget,
             seed=seed,
-            random_pool=random_pool,
-            progress=update,
+            progress=lambda done, total, best: update(done, total, f"best {best:.4f}"),
         )
     for warning in result.warnings:
         output.warn(warning)
     scores = None
     if held_out:
-        from compose import evaluate as evaluate_result
+        from compose.heldout import evaluate_held_out
 
         with output.progress("evaluating") as update:
-            scores = evaluate_result(model, hub, result, examples, held_out, progress=update)
-    entry, error = result.save(hub, name, materialize=materialize)
-    data: dict[str, Any] = {**result.to_json(), "eval": scores, "adapter": entry.digest, "name": entry.name}
-    if error is not None:
-        data["max_rel_error"] = error
+            scores = evaluate_held_out(model, result, examples, held_out, progress=update)
+    data: dict[str, Any] = {**result.to_json(), "eval": scores, **_keep(hub, result, name, materialize)}
     if report:
         from compose.report import write_report
 
         data["report"] = str(write_report(data, report))
-    output.result(data, lambda: _print(data), entry.digest)
+    output.result(data, lambda: _print(data), data["adapter"] or "")
 
 
 def default_name(task: Path) -> str:
     """`mix-<stem>`, with what a name may not hold replaced."""
     return "mix-" + (re.sub(r"[^A-Za-z0-9._-]+", "-", task.stem).strip("-._") or "task")
+
+
+def _keep(hub: Any, result: Any, name: str, rank: int | None) -> dict[str, Any]:
+    """Store the result, as a mixture or as one LoRA of at most `rank`; what to say of it."""
+    if result.mixture is None:  # a control's adapters are made up; there is nothing to keep
+        return {"adapter": None, "name": None}
+    if rank is None:
+        entry = hub.add_mixture(result.mixture, name, result.meta)
+        return {"adapter": entry.digest, "name": entry.name}
+    from hubkit.combine import materialise
+
+    parts = result.mixture.parts
+    adapters = [hub.get(part.digest or part.name) for part in parts]
+    adapter, error = materialise(adapters, [part.weight for part in parts], mode=result.mode, rank=rank)
+    adapter.meta.update(result.meta)
+    entry = hub.add_adapter(adapter, name)
+    return {"adapter": entry.digest, "name": entry.name, "max_rel_error": error}
 
 
 def _list_methods(output: Output) -> None:
@@ -129,7 +141,9 @@ def _print(data: dict[str, Any]) -> None:
     if data["eval"] and data["eval"]["majority"] is not None:
         print(f"majority class on the held-out rows: {data['eval']['majority']:.3f}")
     print(f"\nkept: {data['chosen']}   method: {data['method']} ({data['mode']})   {data['seconds']:.1f} s")
-    print(f"{data['name']}  {data['adapter']}")
+    if data["adapter"]:
+        error = f"  (max relative error {data['max_rel_error']:.2e})" if "max_rel_error" in data else ""
+        print(f"{data['name']}  {data['adapter']}{error}")
     if data.get("report"):
         print(f"report: {data['report']}")
 

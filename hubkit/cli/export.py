@@ -30,9 +30,20 @@ def export(
     adapters, weights, mode = Hub().parts(name)
     from hubkit.export import export as run
 
-    report = run(adapters, weights, folder, target, mode=mode, rank=rank, base=base)
+    out = Output(format)
+    model = None
+    if target == "merged":
+        from hubkit.base import check_fits, load_base
+
+        model = load_base(base)
+        for adapter in adapters:
+            for warning in check_fits(adapter.meta.get("base"), model.fingerprint, model.name):
+                out.warn(warning)
+    # a lone adapter goes out as it is, to the bit
+    source = adapters[0] if weights == [1.0] else list(zip(adapters, weights, strict=True))
+    report = run(source, model, folder, target, mode=mode, rank=rank)
 
     def human() -> None:
         print(f"{report['path']}  ({report['kind']}, max relative error {report['max_rel_error']:.2e})")
 
-    Output(format).result(report, human, report["path"])
+    out.result(report, human, report["path"])

@@ -23,6 +23,6 @@ def gc(
     from hubkit.hub import Hub
 
     report = Hub().store.gc(dry_run=dry_run)
-    data = {"removed": report.removed, "bytes": report.bytes, "dry_run": dry_run}
+    data = {"removed": list(report.removed), "bytes": report.bytes, "dry_run": dry_run}
     verb = "would free" if dry_run else "freed"
     Output(format).result(data, lambda: print(f"{verb} {len(report.removed)} objects, {megabytes(report.bytes)}"))

@@ -21,13 +21,12 @@ def verify(format: FormatOption = Format.human) -> None:
     out = Output(format)
     with out.progress("verifying") as progress:
         report = Hub().store.verify(progress=progress)
-    data = {"checked": report.checked, "problems": [vars(p) for p in report.problems]}
 
     def human() -> None:
         if report.problems:
-            table(("problem", "digest", "entries"), [(p.what, p.digest, " ".join(p.entries)) for p in report.problems])
+            table(("problem", "object", "digest", "entries"), [(p.kind, p.what, p.digest, " ".join(p.entries)) for p in report.problems])
         print(f"{report.checked} objects checked, {len(report.problems)} damaged")
 
-    out.result(data, human)
+    out.result(report.to_json(), human)
     if report.problems:
         raise IntegrityError(f"{len(report.problems)} objects are damaged.", "Pull or add those entries again.")

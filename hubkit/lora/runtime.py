@@ -132,7 +132,7 @@ class LoraRuntime:
     def _check(self, key: str, adapter: Adapter) -> None:
         if adapter.saved:
             raise UsageError(
-                f"Adapter {key!r} replaces whole tensors ({_some(adapter.saved)}): they cannot differ by row.",
+                f"Adapter {key!r} replaces whole tensors ({_some(adapter.saved)}), for all rows alike.",
                 "Merge it into a copy of the base instead.",
             )
         for path, branch in adapter.branches.items():
@@ -173,11 +173,10 @@ class LoraRuntime:
                 f"Adapter {key!r} has weights for {path!r}, which this model does not have.",
                 "Use the base model that the adapter was trained on.",
             ) from None
-        # a subclass computes something else (quantised weights, a parallel shard), as does another adapter
-        # library
+        # a subclass computes something else (quantised weights, a shard), and so does another adapter library
         if type(module) is not nn.Linear:
             raise UsageError(
-                f"Adapter {key!r} targets {path!r}, which is a {type(module).__name__}, not a plain nn.Linear.",
+                f"Adapter {key!r} targets {path!r}, a {type(module).__name__} and not a plain nn.Linear.",
                 "Merge the adapter into a copy of the base instead.",
             )
         if not self._allowed(path, module):

@@ -23,8 +23,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-SHORTEST_SEGMENT = 16  # rows; below, a batched product is no faster than the dense one (docs/kernel.md)
-LEAST_SAVING = 2  # and it has to save at least half of the dense path's multiplications
+# When the batched path pays, measured (docs/kernel.md): the dense one would compute this many times the products
+# that are needed, and the segments are not so short that the batch's own overhead eats the saving.
+LEAST_WASTE = 4
+LEAST_WASTE_TIMES_LENGTH = 64
 
 
 class Route:
@@ -45,9 +47,9 @@ class Route:
 
     @cached_property
     def batched(self) -> bool:
-        """Whether the segments are long, and each uses a small part of what all use together."""
-        widest = int(self.used.sum(1).max())
-        return self.length >= SHORTEST_SEGMENT and len(self.columns) >= LEAST_SAVING * max(widest, 1)
+        """Whether the segments are long enough, and each uses a small enough part of what all use together."""
+        waste = len(self.columns) / max(int(self.used.sum(1).max()), 1)
+        return waste >= LEAST_WASTE and waste * self.length >= LEAST_WASTE_TIMES_LENGTH
 
     @cached_property
     def dense(self) -> tuple[Tensor, Tensor]:
@@ -56,7 +58,8 @@ class Route:
 
     @cached_property
     def own(self) -> tuple[Tensor, Tensor]:
-        """Of the batched path: each segment's own arena rows [segments, r], their coefficients [segments, 1, r].
+        """Of the batched path: each segment's own arena rows [segments, r], their coefficients [segments, 1,
+        r].
 
         Segments that use fewer rows than the widest are filled up with rows that others use, under a zero
         coefficient: never with free ones.
@@ -83,7 +86,7 @@ class Plan:
 
     def __call__(self, x: Tensor, weights: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
         outputs = [linear(x, weight, bias) for weight, bias in weights]
-        if x.numel() == 0:
+        if x.numel() == 0 or not any(self.widths):
             return outputs
         segments = len(self.C)
         if self.batched:
@@ -111,7 +114,7 @@ def _rows(factor: Tensor, index: Tensor) -> Tensor:
     flat = index.reshape(-1)
     first, count = (int(flat[0]), len(flat)) if len(flat) else (0, 0)
     if torch.equal(flat, torch.arange(first, first + count, device=flat.device)):
-        return factor[first : first + count].view(*index.shape, -1)
+        return factor[first : first + count].view(*index.shape, factor.shape[-1])
     return factor[index]
 
 

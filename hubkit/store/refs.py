@@ -46,6 +46,7 @@ class Refs:
 
         Raises:
             IntegrityError: its file is damaged.
+            PolicyError: name or tag is malformed.
         """
         path = self._path(name, tag)
         try:
@@ -67,19 +68,18 @@ class Refs:
         for path in sorted(self.root.glob("*/*")):
             name, tag = unquote(path.parent.name), path.name
             try:
-                if self._path(check_name(name), check_tag(tag)) == path:
+                if self._path(name, tag) == path:
                     yield name, tag
             except PolicyError:
                 continue
 
     def swap(self, name: str, tag: str, expected: str | None, new: Ref | None) -> None:
-        """Compare-and-swap: make the ref `new` (None: remove it) if it holds the digest `expected` (None:
-        absent).
+        """Compare-and-swap: make the ref `new` (None: remove it) if it holds `expected` (None: is absent).
 
         Raises:
             ConflictError: it holds something else by now.
         """
-        path = self._path(check_name(name), check_tag(tag))
+        path = self._path(name, tag)
         with files.locked(self._lock):
             held = self._digest(name, tag)
             if held != expected:
@@ -94,15 +94,11 @@ class Refs:
                 path.unlink()
                 files.sync_dir(path.parent)
 
-    def move(self, ref: Ref) -> str | None:
-        """Point `ref.name:ref.tag` at `ref.digest`, whatever it held, and return that; the last mover
-        wins.
-        """
+    def move(self, ref: Ref) -> None:
+        """Point `ref.name:ref.tag` at `ref.digest`, whatever it held; the last mover wins."""
         while True:
-            held = self._digest(ref.name, ref.tag)
             try:
-                self.swap(ref.name, ref.tag, held, ref)
-                return held
+                return self.swap(ref.name, ref.tag, self._digest(ref.name, ref.tag), ref)
             except ConflictError:
                 continue
 
@@ -117,9 +113,7 @@ class Refs:
         self.swap(name, tag, self._digest(name, tag), None)
 
     def _digest(self, name: str, tag: str) -> str | None:
-        """The digest that a ref holds; a damaged one holds `damaged`, so it can be replaced but never by
-        accident.
-        """
+        """The digest that a ref holds. A damaged one holds `damaged`: replaced knowingly or not at all."""
         try:
             ref = self.read(name, tag)
         except IntegrityError:
@@ -127,4 +121,4 @@ class Refs:
         return ref.digest if ref else None
 
     def _path(self, name: str, tag: str) -> Path:
-        return self.root / quote(name, safe="") / tag
+        return self.root / quote(check_name(name), safe="") / check_tag(tag)

@@ -120,16 +120,15 @@ class Store:
                 pending += referenced_manifests(manifest)
         return manifests, blobs
 
-    def link(self, manifest: Manifest, folder: Path, *, check: bool = True) -> None:
-        """Fill an existing folder with symbolic links to an adapter's files, by default after hashing them.
+    def link(self, manifest: Manifest, folder: Path) -> None:
+        """Fill an existing folder with symbolic links to an adapter's files, after hashing them.
 
         Raises:
             IntegrityError: a file is missing or damaged.
         """
         for name, entry in manifest["files"].items():
-            blob = self.blobs.check(entry["digest"]) if check else self.blobs.path(entry["digest"])
-            # relative, and `tmp/<id>` is as deep as `views/<hex>`: a view survives its rename and a moved
-            # store
+            blob = self.blobs.check(entry["digest"])
+            # relative, and `tmp/<id>` is as deep as `views/<hex>`: it survives its rename and a moved store
             safe_join(folder, name).symlink_to(os.path.relpath(blob.resolve(), folder.resolve()))
 
     def view(self, digest: str, fill: Callable[[Path], None]) -> Path:

@@ -22,6 +22,7 @@ from hubkit.train.attention import short_attention
 from hubkit.train.data import Plan, by_length, encode_all, length, pieces, split
 from hubkit.train.norm import lean_norms
 from hubkit.train.recipe import ALL_LINEAR, Recipe
+from hubkit.train.rotary import lean_rotary
 
 CHECKPOINT_EVERY = 25  # steps; a checkpoint of a small adapter takes milliseconds
 
@@ -302,7 +303,7 @@ def frozen(model: Any) -> Iterator[None]:
     model.requires_grad_(False)
     model.eval()
     try:
-        with lean_norms(model), short_attention(model):
+        with lean_norms(model), lean_rotary(model), short_attention(model):
             yield
     finally:
         for parameter in wanting:

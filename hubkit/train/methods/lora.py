@@ -3,94 +3,117 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hubkit.adapter import LowRank
-from hubkit.errors import UsageError
-from hubkit.train.linear import LowRankLinear
+from hubkit.train.linear import LowRankLinears
 from hubkit.train.methods import Trainable, register
-from hubkit.train.recipe import ALL_LINEAR, Recipe
+from hubkit.train.recipe import Recipe
+from hubkit.train.sites import Linears, siblings, targeted
 
 
-@dataclass
-class _Site:
-    """One adapted linear and where its A [r, K] and B, transposed [r, N], lie in the flat vectors."""
+class _Group:
+    """Linears that read one input. `A` [n·r, K] and each of `Bts` [r, N] are leaves in the model's dtype.
 
-    path: str
-    linear: nn.Linear
-    a: slice
-    b: slice
-    A: Tensor
-    Bt: Tensor
+    The first one that is called computes them all; the others find their output waiting.
+    """
+
+    def __init__(self, linears: Linears, A: Tensor, Bts: list[Tensor], mask: Callable[[Tensor], Tensor | None]) -> None:
+        self.linears, self.A, self.Bts, self._mask = linears, A, Bts, mask
+        self._input: Tensor | None = None
+        self._waiting: dict[int, Tensor] = {}
+        for index, linear in enumerate(linears.values()):
+            linear.forward = self._forward_of(index)  # type: ignore[method-assign]
+
+    def _forward_of(self, index: int) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            if self._input is not x or index not in self._waiting:
+                self._compute(x)
+            out = self._waiting.pop(index)
+            if not self._waiting:
+                self._input = None
+            return out
+
+        return forward
+
+    def _compute(self, x: Tensor) -> None:
+        members: list[Tensor | None] = []
+        for linear, Bt in zip(self.linears.values(), self.Bts, strict=True):
+            members += [linear.weight, linear.bias, Bt]
+        outs = LowRankLinears.apply(x, self.A, self._mask(x), *members)
+        self._input, self._waiting = x, dict(enumerate(outs))
+
+    def detach(self) -> None:
+        for linear in self.linears.values():
+            del linear.forward  # the class's own forward shows again
+        self._input, self._waiting = None, {}
 
 
 @register("lora")
 class Lora(Trainable):
-    """All A's, then all B's, in one flat vector: one cast, one optimizer kernel, one norm per step.
+    """All A's, then all B's (transposed), in one flat vector: one cast, one optimizer kernel, one norm per step.
 
     The compute copies are views of one flat vector in the model's dtype, with the scale folded into B, and their
     gradients are views of another.
     """
 
     def __init__(self, model: Any, recipe: Recipe, generator: torch.Generator) -> None:
-        linears = targeted(model, recipe.targets)
-        first = next(iter(linears.values())).weight
+        groups = siblings(model, targeted(model, recipe.targets))
+        linears = [linear for group in groups for linear in group.values()]
+        weight = linears[0].weight
         self._recipe, self._generator = recipe, generator
-        sizes_a = [recipe.rank * linear.in_features for linear in linears.values()]
-        sizes_b = [recipe.rank * linear.out_features for linear in linears.values()]
-        self._split = sum(sizes_a)
-        flat = torch.zeros(self._split + sum(sizes_b), dtype=torch.promote_types(first.dtype, torch.float32))
-        self.states = nn.Parameter(flat.to(first.device))
+        self._split = recipe.rank * sum(linear.in_features for linear in linears)
+        size = self._split + recipe.rank * sum(linear.out_features for linear in linears)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        self.states = nn.Parameter(torch.zeros(size, dtype=wide, device=weight.device))
         self.states.grad = torch.zeros_like(self.states)
-        self._copies = torch.empty_like(self.states, dtype=first.dtype, requires_grad=False)
+        self._copies = torch.zeros(size, dtype=weight.dtype, device=weight.device)
         self._grads = torch.zeros_like(self._copies)
-        self._sites = self._lay_out(linears, sizes_a, sizes_b)
-        self._initialise()
-        for site in self._sites:
-            site.linear.forward = self._forward_of(site)  # type: ignore[method-assign]
+        self._initialise(linears)
+        self._groups = self._lay_out(groups)
 
-    def _lay_out(self, linears: dict[str, nn.Linear], sizes_a: list[int], sizes_b: list[int]) -> list[_Site]:
-        sites = []
-        at_a, at_b, rank = 0, self._split, self._recipe.rank
-        for (path, linear), size_a, size_b in zip(linears.items(), sizes_a, sizes_b, strict=True):
-            a, b = slice(at_a, at_a + size_a), slice(at_b, at_b + size_b)
-            at_a, at_b = a.stop, b.stop
-            A = self._leaf(a, (rank, linear.in_features))
-            Bt = self._leaf(b, (rank, linear.out_features))
-            sites.append(_Site(path, linear, a, b, A, Bt))
-        return sites
+    def _initialise(self, linears: list[nn.Linear]) -> None:
+        """As peft: A by the generator, module after module, B zero."""
+        at = 0
+        for linear in linears:
+            A = torch.empty(self._recipe.rank, linear.in_features, device=self.states.device)
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=self._generator)
+            self.states.data[at : at + A.numel()] = A.flatten()
+            at += A.numel()
 
-    def _leaf(self, where: slice, shape: tuple[int, int]) -> Tensor:
-        leaf = self._copies[where].view(shape).requires_grad_()
-        leaf.grad = self._grads[where].view(shape)
+    def _lay_out(self, groups: list[Linears]) -> list[_Group]:
+        at_a, at_b, rank, made = 0, self._split, self._recipe.rank, []
+        for linears in groups:
+            width = next(iter(linears.values())).in_features
+            A = self._leaf(at_a, len(linears) * rank, width)
+            at_a += A.numel()
+            Bts = []
+            for linear in linears.values():
+                Bts.append(self._leaf(at_b, rank, linear.out_features))
+                at_b += Bts[-1].numel()
+            made.append(_Group(linears, A, Bts, self._mask))
+        return made
+
+    def _leaf(self, at: int, rows: int, columns: int) -> Tensor:
+        where = slice(at, at + rows * columns)
+        leaf = self._copies[where].view(rows, columns).requires_grad_()
+        leaf.grad = self._grads[where].view(rows, columns)
         return leaf
 
-    def _initialise(self) -> None:
-        """As peft: A by the generator in the order of the modules, B zero."""
-        with torch.no_grad():
-            for site in self._sites:
-                A = torch.empty(site.A.shape, dtype=torch.float32)
-                nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=self._generator)
-                self.states[site.a] = A.flatten().to(self.states)
-
-    def _forward_of(self, site: _Site) -> Any:
-        linear, share = site.linear, self._recipe.dropout
-
-        def forward(x: Tensor) -> Tensor:
-            mask = None
-            if share and torch.is_grad_enabled():
-                mask = torch.empty_like(x).bernoulli_(1 - share, generator=self._generator).div_(1 - share)
-            return LowRankLinear.apply(x, linear.weight, linear.bias, site.A, site.Bt, mask)
-
-        return forward
+    def _mask(self, x: Tensor) -> Tensor | None:
+        """Dropout's mask for a group's input, in training steps."""
+        kept = 1 - self._recipe.dropout
+        if kept == 1 or not torch.is_grad_enabled():
+            return None
+        return torch.empty_like(x).bernoulli_(kept, generator=self._generator).div_(kept)
 
     @torch.no_grad()
     def refresh(self) -> None:
-        self._copies.copy_(self.states)
+        self._copies[: self._split] = self.states[: self._split]
         self._copies[self._split :] = self.states[self._split :] * self._recipe.scale
 
     @torch.no_grad()
@@ -102,45 +125,18 @@ class Lora(Trainable):
         self._grads.zero_()
 
     def branches(self, dtype: torch.dtype) -> dict[str, LowRank]:
-        rounded = self.states.detach().to(dtype)
-        return {
-            site.path: LowRank(
-                A=rounded[site.a].view(site.A.shape).clone(),
-                B=rounded[site.b].view(site.Bt.shape).T.contiguous(),
-                alpha=self._recipe.alpha,
-                rslora=self._recipe.rslora,
+        rounded = self.states.detach().to(dtype, copy=True)
+        at_a, at_b, rank, made = 0, self._split, self._recipe.rank, {}
+        for path, linear in ((p, m) for group in self._groups for p, m in group.linears.items()):
+            size_a, size_b = rank * linear.in_features, rank * linear.out_features
+            A = rounded[at_a : at_a + size_a].view(rank, -1)
+            Bt = rounded[at_b : at_b + size_b].view(rank, -1)
+            made[path] = LowRank(
+                A.clone(), Bt.T.contiguous(), alpha=self._recipe.alpha, rslora=self._recipe.rslora
             )
-            for site in self._sites
-        }
+            at_a, at_b = at_a + size_a, at_b + size_b
+        return made
 
     def detach(self) -> None:
-        for site in self._sites:
-            del site.linear.forward  # the class's own forward shows again
-
-
-def targeted(model: Any, targets: tuple[str, ...]) -> dict[str, nn.Linear]:
-    """The linear modules whose names end in one of `targets` (whole name parts), in the model's order.
-
-    Raises:
-        UsageError: a target that names none.
-    """
-    head = model.get_output_embeddings()
-    linears = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    }
-    if tuple(targets) == ALL_LINEAR:
-        return linears
-    for target in targets:
-        if not any(_ends(path, target) for path in linears):
-            last = sorted({path.rsplit(".", 1)[-1] for path in linears})
-            raise UsageError(
-                f"The base has no linear module whose name ends in {target!r}.",
-                f"Its linear modules are {', '.join(last)}; or use all-linear.",
-            )
-    return {path: linear for path, linear in linears.items() if any(_ends(path, t) for t in targets)}
-
-
-def _ends(path: str, target: str) -> bool:
-    return path == target or path.endswith("." + target)
+        for group in self._groups:
+            group.detach()
