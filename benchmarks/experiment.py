@@ -19,15 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-TASKS = (
-    "ii_antonyms",
-    "ii_larger_animal",
-    "ii_translation_en_fr",
-    "banking77",
-    "trec",
-    "tweet_emotion",
-    "openbookqa",
-)
+TASKS = ("ii_antonyms", "ii_larger_animal", "ii_translation_en_fr", "banking77", "trec")
 COMPOSED = {
     "best single": {"method": "best-single"},
     "uniform": {"method": "uniform"},
@@ -36,7 +28,6 @@ COMPOSED = {
     "delta-cma": {"method": "delta-cma"},
     "screen": {"method": "screen"},
     "screen-refine": {"method": "screen-refine"},
-    "screen-refine, no check": {"method": "screen-refine", "accept": False},
     "random-weight pool": {"method": "random-pool"},
 }
 RESULTS = Path(__file__).parent / "results" / "experiment-smollm2.jsonl"
@@ -48,7 +39,7 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--shots", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=100, help="test rows of each task")
+    parser.add_argument("--rows", type=int, default=60, help="test rows of each task")
     parser.add_argument("--methods", help="only these, comma separated")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--summary", action="store_true")
@@ -124,7 +115,8 @@ class Cell:
             runtime.add("it", adapter)
             options |= {"runtime": runtime, "group": {"it": 1.0}}
         try:
-            found = evaluate(self.base, self.test, self.template, **options)
+            # one batch: the test rows are short, and a decode step costs little more for 100 rows than for 32
+            found = evaluate(self.base, self.test, self.template, batch_size=len(self.test), **options)
         finally:
             runtime.detach()
         return {"accuracy": found.accuracy, "loss": found.loss, "majority": found.majority}

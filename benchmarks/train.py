@@ -1,11 +1,12 @@
 """LoRA training: hubkit against peft + transformers, the same model, rank, batches, initial states and loss.
 
-    python -m benchmarks.train [--base REF] [--steps 12] [--rank 16] [--batch 16] [--peers all|fast] [--compile]
+    python -m benchmarks.train [--base REF] [--steps 12] [--rank 16] [--batch 16] [--peers all|fast]
+    [--compile]
                                [--format human|json]
 
-Everybody trains on the same made-up text tasks of random length, step for step in turns, in one process; a figure
-is the median over the steps after the first two. Every peft configuration gets the head on target positions only
-and no padding mask, as hubkit does; without those two it would be several times slower.
+Everybody trains on the same made-up text tasks of random length, step for step in turns, in one process; a
+figure is the median over the steps after the first two. Every peft configuration gets the head on target
+positions only and no padding mask, as hubkit does; without those two it would be several times slower.
 """
 
 from __future__ import annotations
@@ -32,11 +33,62 @@ from hubkit.train.recipe import ALL_LINEAR, Recipe
 from hubkit.train.trainer import Run, frozen, resolved
 
 Step = Callable[[int], float]
-WORDS = (
-    "time year people way day man thing woman life child world school state family student group country problem "
-    "hand part place case week company system program question work government number night point home water room "
-    "mother area money story fact month lot right study book eye job word business issue side kind head house"
-).split()
+WORDS = [
+    "time",
+    "year",
+    "people",
+    "way",
+    "day",
+    "man",
+    "thing",
+    "woman",
+    "life",
+    "child",
+    "world",
+    "school",
+    "state",
+    "family",
+    "student",
+    "group",
+    "country",
+    "problem",
+    "hand",
+    "part",
+    "place",
+    "case",
+    "week",
+    "company",
+    "system",
+    "program",
+    "question",
+    "work",
+    "government",
+    "number",
+    "night",
+    "point",
+    "home",
+    "water",
+    "room",
+    "mother",
+    "area",
+    "money",
+    "story",
+    "fact",
+    "month",
+    "lot",
+    "right",
+    "study",
+    "book",
+    "eye",
+    "job",
+    "word",
+    "business",
+    "issue",
+    "side",
+    "kind",
+    "head",
+    "house",
+]
 WARM = 2
 
 
@@ -47,18 +99,28 @@ def examples(count: int, seed: int) -> list[Example]:
     for _ in range(count):
         words = [random.choice(WORDS) for _ in range(random.randint(5, 60))]
         take = random.randint(1, 4)
-        made.append(Example(f"Give the first {take} words in upper case.\n" + " ".join(words), " ".join(words[:take]).upper()))
+        made.append(
+            Example(
+                f"Give the first {take} words in upper case.\n" + " ".join(words),
+                " ".join(words[:take]).upper(),
+            )
+        )
     return made
 
 
-def peft_step(run: Run, model: Any, dtype: torch.dtype, *, wide: bool, attention: str, compiled: bool) -> Step:
-    """One configuration of peft on a copy of the base: its own optimizer, the run's batches, schedule and clipping."""
+def peft_step(
+    run: Run, model: Any, dtype: torch.dtype, *, wide: bool, attention: str, compiled: bool
+) -> Step:
+    """One configuration of peft on a copy of the base: its own optimizer, the run's batches, schedule and
+    clipping."""
     from peft import LoraConfig, get_peft_model
 
     recipe = run.recipe
     base = copy.deepcopy(model).to(dtype)
     base.set_attn_implementation(attention)
-    config = LoraConfig(r=recipe.rank, lora_alpha=int(recipe.alpha), target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=recipe.rank, lora_alpha=int(recipe.alpha), target_modules="all-linear", task_type="CAUSAL_LM"
+    )
     wrapped = get_peft_model(base, config, autocast_adapter_dtype=wide)
     parameters = dict(wrapped.named_parameters())
     with torch.no_grad():
@@ -67,7 +129,7 @@ def peft_step(run: Run, model: Any, dtype: torch.dtype, *, wide: bool, attention
                 parameters[f"base_model.model.{path}.lora_{side}.default.weight"].copy_(tensor)
     trained = [p for p in wrapped.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-    inner = wrapped.get_base_model()
+    inner: Any = wrapped.get_base_model()
     if compiled:
         inner.model.compile(dynamic=True)
 
@@ -145,11 +207,18 @@ def rate(tokens: list[int], seconds: list[float]) -> float:
 def report(options: argparse.Namespace) -> dict[str, Any]:
     base = load_base(options.base)
     recipe = Recipe(
-        rank=options.rank, alpha=2.0 * options.rank, targets=ALL_LINEAR, steps=options.steps, batch=options.batch, lr=5e-4
+        rank=options.rank,
+        alpha=2.0 * options.rank,
+        targets=ALL_LINEAR,
+        steps=options.steps,
+        batch=options.batch,
+        lr=5e-4,
     )
     recipe = resolved(base, recipe, None)
     assert recipe.template is not None
-    encoded = encode_all(examples(options.batch * options.steps, seed=7), recipe.template, base.tokenizer, recipe.max_length)
+    encoded = encode_all(
+        examples(options.batch * options.steps, seed=7), recipe.template, base.tokenizer, recipe.max_length
+    )
     pristine = copy.deepcopy(base.model)
     run = Run(base, recipe, encoded)
     found = measure(run, contenders(run, pristine, options), options.steps)
@@ -175,8 +244,12 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def human(found: dict[str, Any]) -> str:
-    lines = [f"{found['base']}, rank {found['rank']}, all linears, batch {found['batch']}, {found['steps']} steps"]
-    lines.append(f"{'':44}{'tokens/s':>9}{'tokens/CPU-s':>14}{'last loss':>11}{'mean |Δ loss| to hubkit':>25}")
+    lines = [
+        f"{found['base']}, rank {found['rank']}, all linears, batch {found['batch']}, {found['steps']} steps"
+    ]
+    lines.append(
+        f"{'':44}{'tokens/s':>9}{'tokens/CPU-s':>14}{'last loss':>11}{'mean |Δ loss| to hubkit':>25}"
+    )
     for name, row in found["contenders"].items():
         lines.append(
             f"{name:44}{row['tokens_per_second']:9.0f}{row['tokens_per_cpu_second']:14.0f}{row['losses'][-1]:11.4f}{row['loss_distance']:25.4f}"
@@ -195,7 +268,9 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--peers", choices=("all", "fast"), default="all", help="fast: leave out the slowest")
-    parser.add_argument("--compile", action="store_true", help="also try torch.compile (needs a C++ compiler)")
+    parser.add_argument(
+        "--compile", action="store_true", help="also try torch.compile (needs a C++ compiler)"
+    )
     parser.add_argument("--format", choices=("human", "json"), default="human")
     options = parser.parse_args()
     if options.steps <= WARM:

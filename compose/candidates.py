@@ -80,9 +80,8 @@ class Sieve:
 
     def _fits(self, base: Base, runtime: LoraRuntime, candidate: Candidate) -> bool:
         adapter = candidate.adapter
-        stated = adapter.meta.get("base") or {"name": adapter.config.get("base_model_name_or_path")}
         try:
-            doubts = check_fits(stated, base.fingerprint, base.name)
+            doubts = check_fits(adapter.made_for, base.fingerprint, base.name)
             runtime.add(candidate.name, adapter)  # the runtime knows best what it can run
             runtime.remove(candidate.name)
         except HubkitError as error:

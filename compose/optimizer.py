@@ -48,8 +48,8 @@ def optimizer_name(name: str) -> str:
 def is_sequential(name: str) -> bool:
     """Whether the optimiser `name` needs each answer before it can ask again.
 
-    Those that choose an algorithm by themselves (NGOpt and its kin) count as well: told of several workers, they
-    would choose another.
+    Those that choose an algorithm by themselves (NGOpt and its kin) count as well: told of several workers,
+    they would choose another.
     """
     optimizer = ng.optimizers.registry[optimizer_name(name)]
     chooses = isinstance(optimizer, type) and issubclass(optimizer, NGOptBase)
@@ -97,10 +97,14 @@ class Optimizer:
             np.random.RandomState(seed).randint(2**32, dtype=np.uint32)
         )
         self.name = optimizer_name(name)
+        if len(start) == 1 and isinstance(ng.optimizers.registry[self.name], ng.optimizers.ParametrizedCMA):
+            self.name = "OnePlusOne"  # CMA needs two dimensions; for a single one NGOpt takes this too
         self.workers = 1 if is_sequential(name) else max(1, min(workers, budget))
         self.remaining = budget
         with _foreign(self.name):
-            self._optimizer = ng.optimizers.registry[self.name](space, budget=budget, num_workers=self.workers)
+            self._optimizer = ng.optimizers.registry[self.name](
+                space, budget=budget, num_workers=self.workers
+            )
         self._asked: list[Any] = []
 
     def __enter__(self) -> Optimizer:
@@ -167,8 +171,10 @@ def _let_finish(thread: MessagingThread) -> None:
 
 @contextmanager
 def _foreign(name: str) -> Iterator[None]:
-    """Around nevergrad's own code: what fails in there is an error that names the optimiser, and its warnings about
-    defaults that nobody set (COBYLA's RHOEND, random restarts) are not shown."""
+    """Around nevergrad's own code: what fails in there is an error that names the optimiser.
+
+    Its warnings about defaults that nobody set (COBYLA's RHOEND, random restarts) are not shown.
+    """
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -64,7 +64,7 @@ class Population:
         self._order = np.argsort(self._rows, kind="stable")  # tokens in the order of the examples
         self._known: dict[bytes, Array] = {}
         setting = Setting(base.model, runtime, adapters, {})
-        with torch.inference_mode():
+        with torch.no_grad():
             tokens, losses = count_tokens(base.model, self._batches, setting.paths)
         self._keep(np.zeros((1, len(adapters))), losses)
         setting = Setting(base.model, runtime, adapters, tokens)
@@ -86,13 +86,13 @@ class Population:
         for start in range(0, len(todo), self._room):
             chunk = todo[start : start + self._room]
             plan = cheapest(self._plans, chunk, self.device)
-            with torch.inference_mode():
+            with torch.no_grad():
                 self._keep(chunk, list(plan.losses(chunk, self._batches)))
         return Losses(np.stack([self._known[key] for key in rows]), self._rows[self._order])
 
     def group(self, weights: Array) -> dict[str, float]:
         """What `runtime.use` takes to run one candidate [N] outside of scoring; valid until the next call."""
-        with torch.inference_mode():
+        with torch.no_grad():
             return self._resident.groups(weights[None])[0]
 
     def _keep(self, weights: Array, losses: Sequence[torch.Tensor]) -> None:

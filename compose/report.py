@@ -21,7 +21,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #1b2733; max-width: 60rem; m
 h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem } img { max-width: 100% }
 table { border-collapse: collapse; width: 100% } th, td { text-align: left; padding: .3rem .6rem; vertical-align: top }
 th { border-bottom: 2px solid #1b2733 } td { border-bottom: 1px solid #dde3e8; overflow-wrap: anywhere }
-td.n { text-align: right; font-variant-numeric: tabular-nums } .right { color: #187a3c } .wrong { color: #a03030 }
+th.n, td.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
 pre { white-space: pre-wrap; margin: 0; font: inherit } .muted { color: #8795a1 }
 """
 

@@ -85,6 +85,11 @@ class Adapter:
         return max(branch.rank for branch in self.branches.values())
 
     @property
+    def made_for(self) -> dict[str, Any]:
+        """The base that it was trained on: {"name", "architecture", "weights"}; a foreign adapter tells the name alone."""
+        return self.meta.get("base") or {"name": self.config.get("base_model_name_or_path")}
+
+    @property
     def template(self) -> Template:
         """The prompt template that it was trained with; for a foreign adapter, the usual one for its base."""
         if self.meta.get("template") is None and self.config.get("task_type") == "SEQ_2_SEQ_LM":

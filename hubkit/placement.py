@@ -44,9 +44,9 @@ def place(hub: Hub, base: Base, mixture: Mixture | None, template: str | None = 
     adapters = {part.name: hub.get(part.digest or part.name) for part in mixture.parts}
     weights = {part.name: part.weight for part in mixture.parts}
     warnings = [
-        warning
+        f"{name}: {warning}"
         for name, adapter in adapters.items()
-        for warning in check_fits(adapter.meta.get("base"), base.fingerprint, name)
+        for warning in check_fits(adapter.made_for, base.fingerprint, base.name)
     ]
     shared = Template(template) if template else common_template(adapters)
     runtime = LoraRuntime(base.model)

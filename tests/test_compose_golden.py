@@ -1,4 +1,4 @@
-"""The method `lorahub` against what lorahub 0.1.0 computed: scores, a whole search, merged weights, logits."""
+"""The method `lorahub` against what lorahub 0.1.0 computed: scores, searches, merged weights, logits."""
 
 from __future__ import annotations
 
@@ -92,7 +92,9 @@ def test_the_mixture_is_what_the_reference_merges(tiny: Record) -> None:
     recorded = tiny.expected["search"]
     weights = trajectory([*recorded["trajectory"], {"weights": recorded["final_weights"]}])
     mixed = Overwritten(weights.shape[1])(weights)[-1]
-    branch = factor_sum([c.adapter for c in tiny.candidates], mixed.tolist()).branches[recorded["merged"]["module"]]
+    branch = factor_sum([c.adapter for c in tiny.candidates], mixed.tolist()).branches[
+        recorded["merged"]["module"]
+    ]
     weight = tiny.base.model.get_submodule(recorded["merged"]["module"]).weight
     row = (weight + branch.scale * branch.B @ branch.A)[0]
     torch.testing.assert_close(row, torch.tensor(recorded["merged"]["first_row"]), rtol=1e-5, atol=1e-5)
@@ -134,7 +136,7 @@ with Optimizer(search["optimizer"], np.zeros(6), budget=search["budget"], seed=s
 @needs_shared
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the record was made with an x86-64 OpenBLAS")
 def test_shared_search_step_by_step() -> None:
-    """Told the recorded scores, our optimiser asks for all 40 recorded points, with the BLAS kernel of the record."""
+    """Told the recorded scores, our optimiser asks for the recorded points, given its BLAS kernel."""
     environment = {**os.environ, "OPENBLAS_CORETYPE": "Haswell"}
     path = str(SHARED / "expected.json")
     subprocess.run([sys.executable, "-c", REPLAY, path], env=environment, check=True, timeout=120)

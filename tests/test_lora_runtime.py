@@ -103,16 +103,19 @@ def pick(given: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("implementation", ["naive", "cpu"])
-@pytest.mark.parametrize("length", [7, 16])  # 16 tokens make segments long enough for the batched product
+@pytest.mark.parametrize("population", [False, True], ids=["mixtures", "an-adapter-each"])
 def test_every_row_equals_its_merged_model(
-    model: Any, implementation: str, length: int, monkeypatch: pytest.MonkeyPatch
+    model: Any, implementation: str, population: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HUBKIT_OPS", implementation)
-    adapters = three(model)
-    given = inputs(model, len(GROUPS), length)
-    expected = [merged(model, adapters, group)(**pick(given, row)).logits for row, group in enumerate(GROUPS)]
+    adapters, groups = three(model), GROUPS
+    if population:  # many segments with little in common: the batched product
+        adapters = {str(index): adapter(model, 4, seed=index) for index in range(8)}
+        groups = [{key: 0.5} for key in adapters]
+    given = inputs(model, len(groups), 16)
+    expected = [merged(model, adapters, group)(**pick(given, row)).logits for row, group in enumerate(groups)]
     runtime = loaded(model, adapters)
-    with runtime.use(GROUPS):
+    with runtime.use(groups):
         first, second = model(**given).logits, model(**given).logits
     torch.testing.assert_close(first, torch.cat(expected), atol=2e-4, rtol=1e-4)
     # from the second pass on, linears with a common input are computed together

@@ -15,9 +15,9 @@ from torch.nn.functional import linear
 from hubkit import ops
 from hubkit.ops import cpu, naive
 
-# against fp64, relative to the largest output: fp32 sums in another order; bf16 and fp16 round the shrunk rows once
-# and the output twice (base, then base + delta)
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-6, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
+# against fp64, relative to the largest output: fp32 sums in another order; bf16 and fp16 round the shrunk rows
+# once and the output twice (base, then base + delta)
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-6, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
 
 
 @dataclass
@@ -110,11 +110,15 @@ ROUTINGS = {
         "gap": 0,
     },
     "long equal segments, mixed ranks, base": {
-        "tokens": [48] * 7,
-        "mixtures": [[i] for i in range(6)] + [[]],
-        "ranks": [*RANKS, 64, 64],
+        "tokens": [48] * 9,
+        "mixtures": [*([i] for i in range(8)), []],
+        "ranks": [1, 4, 8, 16, 33, 33, 33, 8],
     },
-    "long unequal segments": {"tokens": [64, 16, 32], "mixtures": [[0], [1], [2]], "ranks": [8, 4, 33]},
+    "long unequal segments": {
+        "tokens": [64, 16, 32, 16, 48],
+        "mixtures": [[i] for i in range(5)],
+        "ranks": [8, 8, 4, 8, 8],
+    },
     "ragged segments": {"tokens": [7, 0, 11, 1], "mixtures": [[0, 1], [2], [], [5]], "ranks": RANKS},
     "mixtures of eight": {
         "tokens": [20] * 3,
@@ -139,12 +143,14 @@ def test_matrix(dtype: torch.dtype, routing: str, K: int, N: int, bias: bool) ->
     assert error(fast, plain) < TOLERANCE[dtype]
 
 
-def test_both_paths_of_the_cpu_op_are_in_the_matrix() -> None:
-    taken = set()
-    for routing in ROUTINGS.values():
-        case = build(**routing)  # type: ignore[arg-type]
-        taken.add(cpu.Plan([(cpu.route(case.C, case.group), case.A, case.Bt)]).batched)
-    assert taken == {True, False}
+def is_batched(case: Case) -> bool:
+    return cpu.Plan([(cpu.route(case.C, case.group), case.A, case.Bt)]).batched
+
+
+def test_long_segments_take_the_batched_path() -> None:
+    """Else the matrix would run the dense one throughout."""
+    for name, routing in ROUTINGS.items():
+        assert is_batched(build(**routing)) == name.startswith("long")  # type: ignore[arg-type]
 
 
 @settings(max_examples=120, deadline=None)
@@ -152,7 +158,7 @@ def test_both_paths_of_the_cpu_op_are_in_the_matrix() -> None:
 def test_any_shape(data: st.DataObject) -> None:
     ranks = data.draw(st.lists(st.sampled_from([1, 2, 5, 8, 16, 33]), max_size=5))
     batch = data.draw(st.integers(1, 6))
-    length = data.draw(st.sampled_from([None, 1, 16, 24]))
+    length = data.draw(st.sampled_from([None, 1, 16, 64]))
     tokens = (
         [length] * batch if length else data.draw(st.lists(st.integers(0, 9), min_size=batch, max_size=batch))
     )
@@ -164,10 +170,11 @@ def test_any_shape(data: st.DataObject) -> None:
         K=data.draw(st.integers(1, 40)),
         N=data.draw(st.integers(1, 40)),
         bias=data.draw(st.booleans()),
+        dtype=torch.float64,  # a sum that cancels would need a tolerance of its own in fp32
         gap=data.draw(st.integers(0, 2)),
         seed=data.draw(st.integers(0, 999)),
     )
-    assert error(ops.multilora_linear(*case.arguments), case.exact()) < TOLERANCE[torch.float32]  # type: ignore[arg-type]
+    assert error(ops.multilora_linear(*case.arguments), case.exact()) < TOLERANCE[torch.float64]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("implementation", ["naive", "cpu"])
@@ -177,8 +184,9 @@ def test_base_rows_are_the_base_to_the_bit(
     implementation: str, dtype: torch.dtype, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HUBKIT_OPS", implementation)
-    mixtures: list[list[int]] = [[0], [], [1], [], [2]]
-    case = build(tokens=[tokens] * 5, mixtures=mixtures, ranks=[8, 16, 4], K=96, N=80, dtype=dtype)
+    mixtures: list[list[int]] = [[0], [], [1], [], [2], [3], [4]]
+    case = build(tokens=[tokens] * 7, mixtures=mixtures, ranks=[8, 4, 8, 8, 8], K=96, N=80, dtype=dtype)
+    assert is_batched(case) == (tokens == 32)
     y = ops.multilora_linear(*case.arguments)  # type: ignore[arg-type]
     base = linear(case.x, case.weight, case.bias)
     is_base = torch.tensor([not mixtures[g] for g in case.group.tolist()])
@@ -188,11 +196,13 @@ def test_base_rows_are_the_base_to_the_bit(
 
 @pytest.mark.parametrize("tokens", [1, 32])
 def test_order_of_rows_and_adapters_does_not_matter(tokens: int) -> None:
-    case = build(tokens=[tokens] * 4, mixtures=[[0], [1, 2], [], [3]], ranks=[8, 16, 4, 8], gap=0)
+    mixtures: list[list[int]] = [[0], [1, 2], [], [3], [4], [5]]
+    case = build(tokens=[tokens] * 6, mixtures=mixtures, ranks=[8, 4, 4, 8, 8, 8], gap=0)
+    assert is_batched(case) == (tokens == 32)
     y = ops.multilora_linear(*case.arguments)  # type: ignore[arg-type]
-    rows = torch.arange(4 * tokens).view(4, tokens)[[2, 0, 3, 1]].reshape(-1)
+    rows = torch.arange(6 * tokens).view(6, tokens)[[2, 0, 5, 3, 1, 4]].reshape(-1)
     arena = torch.randperm(len(case.A), generator=torch.Generator().manual_seed(1))
-    groups = torch.tensor([3, 1, 0, 2])  # new line -> old line of C
+    groups = torch.tensor([3, 1, 0, 5, 4, 2])  # new line -> old line of C
     moved = ops.multilora_linear(
         case.x[rows],
         case.weight,
@@ -208,7 +218,7 @@ def test_order_of_rows_and_adapters_does_not_matter(tokens: int) -> None:
 @pytest.mark.parametrize("implementation", ["naive", "cpu"])
 def test_strided_inputs(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HUBKIT_OPS", implementation)
-    case = build(tokens=[16] * 3, mixtures=[[0], [1], [2]], ranks=[8, 8, 8], K=24)
+    case = build(tokens=[16] * 5, mixtures=[[i] for i in range(5)], ranks=[8] * 5, K=24)
     expected = ops.multilora_linear(*case.arguments)  # type: ignore[arg-type]
     for strided in (
         case.x.T.contiguous().T,
@@ -219,22 +229,23 @@ def test_strided_inputs(implementation: str, monkeypatch: pytest.MonkeyPatch) ->
         y = ops.multilora_linear(strided, *case.arguments[1:])  # type: ignore[arg-type]
         assert error(y, expected) < TOLERANCE[torch.float32]
     plan = ops.plan([(ops.route(case.C, case.group), case.A, case.Bt)])
-    sliced = case.x.view(3, 16, 24).repeat(1, 2, 1)[
+    sliced = case.x.view(5, 16, 24).repeat(1, 2, 1)[
         :, 16:
     ]  # [batch, tokens, K], as a model's last positions are
     (y,) = plan(sliced, [(case.weight, case.bias)])
-    assert error(y.reshape(48, -1), expected) < TOLERANCE[torch.float32]
+    assert error(y.reshape(80, -1), expected) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("tokens", [1, 32])
 def test_linears_with_a_common_input(tokens: int) -> None:
     """q, k, v in one plan: other widths, other layouts, the same values as one by one."""
     cases = [
-        build(tokens=[tokens] * 4, mixtures=[[0], [1], [2], []], ranks=ranks, N=N, seed=seed)
-        for seed, (ranks, N) in enumerate([([8, 8, 8], 20), ([4, 16, 1], 12), ([8, 8, 8], 33)])
+        build(tokens=[tokens] * 6, mixtures=[[0], [1], [2], [], [3], [4]], ranks=ranks, N=N, seed=seed)
+        for seed, (ranks, N) in enumerate([([8] * 5, 20), ([4, 8, 4, 8, 8], 12), ([8] * 5, 33)])
     ]
     x = cases[0].x
     plan = ops.plan([(ops.route(case.C, case.group), case.A, case.Bt) for case in cases])
+    assert all(is_batched(case) == (tokens == 32) for case in cases)
     together = plan(x, [(case.weight, case.bias) for case in cases])
     for case, y in zip(cases, together, strict=True):
         case.x = x
@@ -251,9 +262,9 @@ def test_coefficients_are_not_rounded_to_the_model_dtype() -> None:
     assert abs(float(slope) - 1) < 4e-4
 
 
-@pytest.mark.parametrize("tokens", [2, 32])
+@pytest.mark.parametrize("tokens", [1, 16])
 def test_gradient_of_the_input(tokens: int) -> None:
-    case = build(tokens=[tokens] * 3, mixtures=[[0], [1], []], ranks=[4, 8], K=6, N=5)
+    case = build(tokens=[tokens] * 6, mixtures=[[0], [1], [], [2], [3], [4]], ranks=[2] * 5, K=6, N=5)
     weight, A, Bt = (t.double() for t in (case.weight, case.A, case.Bt))
 
     def forward(x: Tensor) -> Tensor:
@@ -270,7 +281,7 @@ def test_unknown_implementation_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_repeats_are_equal_to_the_bit() -> None:
     for tokens, dtype in itertools.product([1, 32], [torch.float32, torch.bfloat16]):
-        case = build(tokens=[tokens] * 4, mixtures=[[0], [1], [0, 1], []], ranks=[8, 16], dtype=dtype)
+        case = build(tokens=[tokens] * 5, mixtures=[[i] for i in range(5)], ranks=[8] * 5, dtype=dtype)
         first = ops.multilora_linear(*case.arguments)  # type: ignore[arg-type]
         for _ in range(20):
             assert torch.equal(ops.multilora_linear(*case.arguments), first)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from compose import Candidate
@@ -20,7 +20,12 @@ from tests import tiny_models
 
 GOLDEN = Path(__file__).parent / "golden" / "lorahub-tiny"
 ARCHITECTURE = "sha256:" + "a" * 64
-TASK = [Example("cat", "dog"), Example("a bird", "fly"), Example("sun", "moon"), Example("it is warm", "cold")]
+TASK = [
+    Example("cat", "dog"),
+    Example("a bird", "fly"),
+    Example("sun", "moon"),
+    Example("it is warm", "cold"),
+]
 OTHER = [Example("cat", "777"), Example("a bird", "77"), Example("sun", "7"), Example("it is warm", "7777")]
 
 
@@ -63,20 +68,28 @@ def random_adapter(base: Base, seed: int, rank: int = 2, alpha: float = 4.0) -> 
     return make_adapter(base, {path: branch(linear) for path, linear in targets(base).items()})
 
 
-def skilled_adapter(base: Base, task: list[Example], step: float = 3.0, rank: int = 2) -> Adapter:
-    """One step down the loss of `task`: the leading `rank` directions of each weight's gradient."""
+def skilled_adapter(base: Base, task: list[Example], steps: int = 30, rank: int = 2) -> Adapter:
+    """A LoRA trained on `task` for a few steps of Adam."""
+    start = random_adapter(base, 77, rank, alpha=float(rank))
+    factors = {
+        path: (b.A.requires_grad_(), b.B.zero_().requires_grad_()) for path, b in start.branches.items()
+    }
     encoded = [template_of(base).encode(base.tokenizer, example) for example in task]
     batch = collate(encoded, base.pad_id, seq2seq=base.seq2seq)
-    weights = {path: linear.weight.requires_grad_() for path, linear in targets(base).items()}
-    row_means(token_losses(base.model, batch), batch).mean().backward()
-    branches = {}
-    for path, weight in weights.items():
-        assert weight.grad is not None
-        u, s, vh = torch.linalg.svd(weight.grad)
-        branches[path] = LowRank(vh[:rank].clone(), -step * u[:, :rank] * s[:rank], float(rank))
-        weight.grad = None
-        weight.requires_grad_(False)
-    return make_adapter(base, branches)
+
+    def adding(A: Tensor, B: Tensor) -> Any:
+        return lambda _module, args, out: out + args[0] @ A.T @ B.T
+
+    hooks = [linear.register_forward_hook(adding(*factors[path])) for path, linear in targets(base).items()]
+    optimizer = torch.optim.Adam([factor for pair in factors.values() for factor in pair], lr=0.05)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        row_means(token_losses(base.model, batch), batch).mean().backward()
+        optimizer.step()
+    for hook in hooks:
+        hook.remove()
+    trained = {path: LowRank(A.detach(), B.detach(), float(rank)) for path, (A, B) in factors.items()}
+    return make_adapter(base, trained)
 
 
 def pool(base: Base) -> list[Candidate]:

@@ -33,10 +33,11 @@ PULL = 0.05  # nats for each unit of squared distance from the start
 )
 def screen_refine(brief: Brief) -> Search:
     assert brief.optimizer is not None
-    screened = yield screening(brief.count)
+    alone = screening(brief.count)
+    screened = yield alone
     grid = mixtures(screened)[: brief.budget]
     scores = yield grid
-    start, best = lowest(grid, scores)
+    start, best = lowest(np.vstack([alone, grid]), np.append(screened, scores))
     left = brief.budget - len(grid)
     if not left:
         return start

@@ -137,7 +137,8 @@ def _print(data: dict[str, Any]) -> None:
     lines = [(label(k), *_cells(v, held.get(k))) for k, v in data["baselines"].items() if v]
     mixture = {"loss": data["loss"], "accuracy": data["accuracy"]}
     lines.append(("mixture", *_cells(mixture, data["eval"])))
-    table(("", "loss", "accuracy", "held-out", "95%"), lines, right="loss accuracy held-out 95%")
+    columns = ("", "loss", "accuracy", "held-out", "95%", "mixture leads by")
+    table(columns if data["eval"] else columns[:3], [line[: 6 if data["eval"] else 3] for line in lines])
     if data["eval"] and data["eval"]["majority"] is not None:
         print(f"majority class on the held-out rows: {data['eval']['majority']:.3f}")
     print(f"\nkept: {data['chosen']}   method: {data['method']} ({data['mode']})   {data['seconds']:.1f} s")
@@ -152,8 +153,16 @@ def label(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _cells(on_examples: dict[str, Any], held: dict[str, Any] | None) -> tuple[str, str, str, str]:
+def _cells(on_examples: dict[str, Any], held: dict[str, Any] | None) -> tuple[str, ...]:
+    """Loss and accuracy on the examples; accuracy on the held-out rows, its interval, and the mixture's paired lead."""
     numbers = [on_examples["loss"], on_examples["accuracy"], (held or {}).get("accuracy")]
-    cells = tuple("-" if n is None else f"{n:.3f}" for n in numbers)
-    interval = (held or {}).get("interval")
-    return (*cells, f"{interval[0]:.2f}–{interval[1]:.2f}" if interval else "-")  # type: ignore[return-value]
+    cells = ["-" if n is None else f"{n:.3f}" for n in numbers]
+    cells.append(_interval(held["interval"], "") if held else "-")
+    lead = (held or {}).get("difference")
+    cells.append(f"{lead['mean']:+.3f}  ({_interval(lead['interval'], '+')})" if lead else "")
+    return tuple(cells)
+
+
+def _interval(ends: list[float], sign: str) -> str:
+    low, high = ends
+    return f"{low:{sign}.2f} to {high:{sign}.2f}"

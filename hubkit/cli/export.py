@@ -33,15 +33,15 @@ def export(
     out = Output(format)
     model = None
     if target == "merged":
-        from hubkit.base import check_fits, load_base
+        from hubkit.base import load_base
 
         model = load_base(base)
-        for adapter in adapters:
-            for warning in check_fits(adapter.meta.get("base"), model.fingerprint, model.name):
-                out.warn(warning)
     # a lone adapter goes out as it is, to the bit
     source = adapters[0] if weights == [1.0] else list(zip(adapters, weights, strict=True))
     report = run(source, model, folder, target, mode=mode, rank=rank)
+
+    for warning in report.get("warnings", ()):
+        out.warn(warning)
 
     def human() -> None:
         print(f"{report['path']}  ({report['kind']}, max relative error {report['max_rel_error']:.2e})")

@@ -50,8 +50,7 @@ def write_merged(adapter: Adapter, base: Any, folder: Path) -> dict[str, Any]:
     """
     if base is None:
         raise UsageError("A merge needs the base model.", "Give the base that the adapter was trained on.")
-    made_for = adapter.meta.get("base") or {"name": adapter.config.get("base_model_name_or_path")}
-    warnings = check_fits(made_for, base.fingerprint, base.name)
+    warnings = check_fits(adapter.made_for, base.fingerprint, base.name)
     merge = merge_state(base.model, adapter)
     untied = _resolve_ties(base.model, merge.state)
     with _unchanged_config(base.model), quiet():

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-# When the batched path pays, measured (docs/kernel.md): the dense one would compute this many times the products
-# that are needed, and the segments are not so short that the batch's own overhead eats the saving.
+# When the batched path pays, measured (docs/kernel.md): the dense one would compute this many times what is
+# needed, and the segments are not so short that the batch's own overhead eats the saving.
 LEAST_WASTE = 4
 LEAST_WASTE_TIMES_LENGTH = 64
 
@@ -47,7 +47,7 @@ class Route:
 
     @cached_property
     def batched(self) -> bool:
-        """Whether the segments are long enough, and each uses a small enough part of what all use together."""
+        """Whether segments are long enough, and each uses a small enough part of what all use together."""
         waste = len(self.columns) / max(int(self.used.sum(1).max()), 1)
         return waste >= LEAST_WASTE and waste * self.length >= LEAST_WASTE_TIMES_LENGTH
 

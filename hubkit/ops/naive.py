@@ -16,16 +16,17 @@ def multilora_linear(
 
     A group reads no arena rows but those for which it has a non-zero coefficient, so a row without any is the
     base's to the bit, and whatever lies in the other rows (freed, another tenant's, NaN) cannot reach it. The
-    delta is computed and added in C's dtype (fp32), then rounded once to y's.
+    delta is computed and added in fp32 (fp64 for fp64 inputs), then rounded once to y's dtype.
     """
     y = linear(x, weight, bias)
+    wide = torch.promote_types(C.dtype, x.dtype)
     for g in group.unique().tolist():
         rows = (group == g).nonzero().squeeze(1)
         columns = C[g].nonzero().squeeze(1)
         if len(columns):
-            shrunk = (x[rows].to(C.dtype) @ A[columns].to(C.dtype).T) * C[g, columns]
-            delta = shrunk @ Bt[columns].to(C.dtype)
-            y = y.index_copy(0, rows, (y[rows].to(C.dtype) + delta).to(y.dtype))
+            shrunk = (x[rows].to(wide) @ A[columns].to(wide).T) * C[g, columns]
+            delta = shrunk @ Bt[columns].to(wide)
+            y = y.index_copy(0, rows, (y[rows].to(wide) + delta).to(y.dtype))
     return y
 
 

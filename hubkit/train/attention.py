@@ -1,8 +1,9 @@
 """Causal attention for training on a CPU.
 
-torch's flash attention for the CPU spends most of its backward pass on overhead when sequences are short: for 16 rows
-of 16 tokens it takes ten times, at 128 tokens three times, as long as the batched products written out here, and as
-long at 256. So shorter batches take this path, and everything else goes to transformers' SDPA.
+torch's flash attention for the CPU spends most of its backward pass on overhead when sequences are short: for
+16 rows of 16 tokens it takes ten times, at 128 tokens three times, as long as the batched products written
+out here, and as long at 256. So shorter batches take this path, and everything else goes to transformers'
+SDPA.
 """
 
 from __future__ import annotations
@@ -18,39 +19,58 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from hubkit.train.packing import Packing, current
+
 NAME = "hubkit_causal"
+OTHERWISE = (
+    "position_bias",
+    "softcap",
+    "sliding_window",
+    "s_aux",
+    "cache",
+)  # what plain causal attention has not
 LONGEST = 192  # tokens; from here on flash attention is as fast, and saves the [T, T] probabilities
 
 
 class CausalAttention(torch.autograd.Function):
     """softmax(scale · q kᵀ + causal) v with every probability kept for the backward pass.
 
-    q [B, H, T, D]; k, v [B, H / g, T, D]: the g query heads of a group are stacked as rows over their one key head,
-    so keys are never repeated. The softmax is computed in fp32 inside and rounded once. Returns [B, H, T, D].
+    q [B, H, T, D]; k, v [B, H / g, T, D]: the g query heads of a group are stacked as rows over their one key
+    head, so keys are never repeated. The softmax is computed in fp32 inside and rounded once. Returns [B, H,
+    T, D]. With a packing, all of these are [1, heads, tokens, D] and each example attends to itself only.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, packing: Packing | None) -> Tensor:
+        if packing is not None:
+            q, k, v = packing.spread(q), packing.spread(k), packing.spread(v)
         groups, length = k.shape[0] * k.shape[1], k.shape[2]
         Q = q.reshape(groups, -1, q.shape[-1])
         K, V = (t.reshape(groups, length, t.shape[-1]) for t in (k, v))
-        future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu_(1)
-        scores = torch.bmm(Q, K.mT).mul_(scale).view(groups, -1, length, length)
-        P = scores.masked_fill_(future, float("-inf")).softmax(-1).view(groups, -1, length)
+        future = Q.new_full((length, length), float("-inf")).triu_(1).repeat(Q.shape[1] // length, 1)
+        P = torch.baddbmm(future, Q, K.mT, alpha=scale).softmax(-1)
         ctx.save_for_backward(Q, K, V, P)
-        ctx.scale, ctx.shapes = scale, (q.shape, k.shape, v.shape)
-        return torch.bmm(P, V).view(*q.shape[:-1], v.shape[-1])
+        ctx.scale, ctx.packing, ctx.shapes = scale, packing, (q.shape, k.shape, v.shape)
+        out = torch.bmm(P, V).view(*q.shape[:-1], v.shape[-1])
+        return out if packing is None else packing.gather(out)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         Q, K, V, P = ctx.saved_tensors
-        q_shape, k_shape, v_shape = ctx.shapes
+        packing = ctx.packing
+        if packing is not None:
+            dout = packing.spread(dout, zero=True)
         dO = dout.reshape(P.shape[0], -1, dout.shape[-1])
         dV = torch.bmm(P.mT, dO)
         dP = torch.bmm(dO, V.mT)
-        dS = torch._softmax_backward_data(dP, P, -1, P.dtype).mul_(ctx.scale)
-        return torch.bmm(dS, K).view(q_shape), torch.bmm(dS.mT, Q).view(k_shape), dV.view(v_shape), None
+        dS = torch._softmax_backward_data(dP, P, -1, P.dtype)
+        dQ = torch.bmm(dS, K).mul_(ctx.scale)
+        dK = torch.bmm(dS.mT, Q).mul_(ctx.scale)
+        gradients = [t.view(shape) for t, shape in zip((dQ, dK, dV), ctx.shapes, strict=True)]
+        if packing is not None:
+            gradients = [packing.gather(t) for t in gradients]
+        return *gradients, None, None
 
 
 def attend(
@@ -61,22 +81,36 @@ def attend(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    is_causal: bool | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: [B, H, T, D] in, [B, T, H, D] out."""
-    length = query.shape[2]
-    plain = attention_mask is None and not dropout and getattr(module, "is_causal", True)
-    if not plain or length > LONGEST or key.shape[2] != length or query.device.type != "cpu":
-        out, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **rest
-        )
-        return out, None
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return CausalAttention.apply(query, key, value, scale).transpose(1, 2), None
+    """transformers' attention interface: [B, H, T, D] in, [B, T, H, D] out.
+
+    Raises:
+        NotImplementedError: a packed batch meets attention that is not plainly causal.
+    """
+    length, packing = query.shape[2], current()
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    plain = (
+        attention_mask is None and not dropout and not any(rest.get(name) is not None for name in OTHERWISE)
+    )
+    longest = packing.longest if packing else length
+    if causal and plain and length == key.shape[2] and longest <= LONGEST and query.device.type == "cpu":
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return CausalAttention.apply(query, key, value, scale, packing).transpose(1, 2), None
+    if packing:
+        raise NotImplementedError("this attention can't be computed on a packed batch")
+    rest |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **rest)
+
+
+def mask(*args: Any, **options: Any) -> Tensor | None:
+    """SDPA's mask; a packed batch needs none, its examples are apart."""
+    return None if current() else sdpa_mask(*args, **options)
 
 
 AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, mask)
 
 
 @contextmanager

@@ -1,4 +1,5 @@
-"""Checkpoints of a running training: one file, replaced atomically, so that a kill at any instant leaves a whole one."""
+"""Checkpoints of a running training: one file, replaced atomically, so that a kill at any instant leaves a
+whole one."""
 
 from __future__ import annotations
 
@@ -21,7 +22,13 @@ FILE = "training.pt"
 def run_digest(recipe: Recipe, seed: int, base: Any, data: Sequence[Encoded]) -> str:
     """What must be equal for one run to continue another: recipe, seed, base and every token of the data."""
     print_ = base.fingerprint
-    facts = [recipe.to_json(), seed, print_.architecture, print_.weights, [(e.prompt, e.target) for e in data]]
+    facts = [
+        recipe.to_json(),
+        seed,
+        print_.architecture,
+        print_.weights,
+        [(e.prompt, e.target) for e in data],
+    ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -55,7 +62,9 @@ def load(workdir: Path, digest: str) -> dict[str, Any] | None:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = state["digest"]
     except Exception as error:
-        raise IntegrityError(f"The checkpoint {path} can't be read: {error}.", "Delete it and start over.") from error
+        raise IntegrityError(
+            f"The checkpoint {path} can't be read: {error}.", "Delete it and start over."
+        ) from error
     if found != digest:
         raise UsageError(
             f"The checkpoint {path} is of another run (recipe, seed, base or data differ).",

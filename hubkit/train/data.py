@@ -1,7 +1,8 @@
-"""What the trainer reads: encoded examples, a validation split, and the plan of which examples form which step.
+"""What the trainer reads: encoded examples, a validation split, and the plan of which examples form which
+step.
 
-The plan is a pure function of seed and step number. So a resumed run needs no saved data position, and two runs
-with one seed see the same batches.
+The plan is a pure function of seed and step number. So a resumed run needs no saved data position, and two
+runs with one seed see the same batches.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from hubkit.task import Example
 POOL = 32
 
 
-def encode_all(examples: Sequence[Example], template: Template, tokenizer: Any, max_length: int) -> list[Encoded]:
+def encode_all(
+    examples: Sequence[Example], template: Template, tokenizer: Any, max_length: int
+) -> list[Encoded]:
     """Token ids of all examples; those of more than `max_length` tokens are left out.
 
     Raises:
@@ -43,7 +46,8 @@ def length(encoded: Encoded) -> int:
 
 
 def split(encoded: list[Encoded], share: float, seed: int) -> tuple[list[Encoded], list[Encoded]]:
-    """(training, validation): a share of the data, drawn by the seed, is held out; at least one example if any.
+    """(training, validation): a share of the data, drawn by the seed, is held out; at least one example if
+    any.
 
     Raises:
         UsageError: too few examples to hold any out.

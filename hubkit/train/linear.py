@@ -1,5 +1,5 @@
-"""Low-rank linears that read one input, as one autograd function: nothing saved but x and x·Aᵀ, and no gradient of a
-frozen weight."""
+"""Low-rank linears that read one input, as one autograd function: nothing saved but x and x·Aᵀ, and no
+gradient of a frozen weight."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from torch.autograd.function import once_differentiable
 class LowRankLinears(torch.autograd.Function):
     """yᵢ = x Wᵢᵀ + biasᵢ + ((x ⊙ mask) Aᵢᵀ) Btᵢ for the n linears of a group, with all Wᵢ and biasᵢ frozen.
 
-    x [..., K]; A [n·r, K], the Aᵢ one below the other; mask of x's shape or None: dropout on the branches, its kept
-    entries already divided by the share that is kept; `members` is W₁, bias₁, Bt₁, W₂, ... with Wᵢ [Nᵢ, K],
-    biasᵢ [Nᵢ] or None and Btᵢ [r, Nᵢ], which is Bᵢ transposed with the scale already in it.
+    x [..., K]; A [n·r, K], the Aᵢ one below the other; mask of x's shape or None: dropout on the branches,
+    its kept entries already divided by the share that is kept; `members` is W₁, bias₁, Bt₁, W₂, ... with Wᵢ
+    [Nᵢ, K], biasᵢ [Nᵢ] or None and Btᵢ [r, Nᵢ], which is Bᵢ transposed with the scale already in it.
 
-    Backward, with S = x Aᵀ: dSᵢ = dYᵢ Btᵢᵀ; dA = dSᵀ x; dBtᵢ = Sᵢᵀ dYᵢ; dX = Σ dYᵢ Wᵢ + dS A, and dX only if wanted.
+    Backward, with S = x Aᵀ: dSᵢ = dYᵢ Btᵢᵀ; dA = dSᵀ x; dBtᵢ = Sᵢᵀ dYᵢ; dX = Σ dYᵢ Wᵢ + dS A, and dX only if
+    wanted.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, A: Tensor, mask: Tensor | None, *members: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, A: Tensor, mask: Tensor | None, *members: Any) -> tuple[Tensor, ...]:
         rows = x.reshape(-1, x.shape[-1])
         seen = rows if mask is None else rows * mask.view_as(rows)
         weights, biases, Bts = members[0::3], members[1::3], members[2::3]
@@ -35,7 +36,7 @@ class LowRankLinears(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         seen, S, A, mask, *frozen = ctx.saved_tensors
         count = len(dys)
         weights, Bts = frozen[:count], frozen[count:]

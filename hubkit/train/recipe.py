@@ -1,8 +1,8 @@
 """Recipes: every choice that makes a training run what it is, and the file format that keeps them.
 
-A recipe travels inside the adapter that it made (`hubkit.json`), and the starter set's recipes are files of the
-same form under `adapters-index/recipes/`. Seed, recipe, data and base together determine the adapter bit for bit
-on one machine and thread count.
+A recipe travels inside the adapter that it made (`hubkit.json`), and the starter set's recipes are files of
+the same form under `adapters-index/recipes/`. Seed, recipe, data and base together determine the adapter bit
+for bit on one machine and thread count.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class Recipe:
     """How to train one adapter.
 
     `targets` are name endings of linear modules, or `("all-linear",)` for every one but the output head.
-    `batch` is the number of examples that one optimizer step sees; `accumulation` is in how many pieces they go
-    through the model, which changes memory and not the result. `warmup` is the share of the steps in which the
-    learning rate rises. With `validation` > 0 that share of the data is held out, looked at every
-    `evaluate_every` steps, training stops after `patience` looks without a gain, and the best states are kept.
-    `template` None means the base's default: `seq2seq` for an encoder-decoder, else `plain`.
-    `data` names the files that a committed recipe was trained on; `train` itself takes the examples.
+    `batch` is the number of examples that one optimizer step sees; `accumulation` is in how many pieces they
+    go through the model, which changes memory and not the result. `warmup` is the share of the steps in which
+    the learning rate rises. With `validation` > 0 that share of the data is held out, looked at every
+    `evaluate_every` steps, training stops after `patience` looks without a gain, and the best states are
+    kept. `template` None means the base's default: `seq2seq` for an encoder-decoder, else `plain`. `data`
+    names the files that a committed recipe was trained on; `train` itself takes the examples.
     """
 
     method: str = "lora"
@@ -61,14 +61,16 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("rank", "steps", "batch", "accumulation", "max_length", "evaluate_every", "patience"):
-            _check(name, getattr(self, name), isinstance(getattr(self, name), int), at_least=1)
+            _check(name, getattr(self, name), type(getattr(self, name)) is int, at_least=1)
         for name in ("alpha", "lr", "clip"):
             _check(name, getattr(self, name), _is_number(getattr(self, name)), above=0)
         for name in ("dropout", "warmup", "validation", "weight_decay"):
             _check(name, getattr(self, name), _is_number(getattr(self, name)), at_least=0)
         for name in ("dropout", "validation"):
             if getattr(self, name) >= 1:
-                raise UsageError(f"A recipe's {name} of {getattr(self, name)} leaves nothing.", "Give a share < 1.")
+                raise UsageError(
+                    f"A recipe's {name} of {getattr(self, name)} leaves nothing.", "Give a share < 1."
+                )
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("dtype", self.dtype, DTYPES)
         if self.accumulation > self.batch:
@@ -146,7 +148,9 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check(name: str, value: Any, typed: bool, *, at_least: float | None = None, above: float | None = None) -> None:
+def _check(
+    name: str, value: Any, typed: bool, *, at_least: float | None = None, above: float | None = None
+) -> None:
     if not typed or (at_least is not None and value < at_least) or (above is not None and value <= above):
         bound = f"at least {at_least:g}" if at_least is not None else f"above {above:g}"
         raise UsageError(f"A recipe's {name} can't be {value!r}.", f"Give a number that is {bound}.")

@@ -16,10 +16,11 @@ NAME = "apply_rotary_pos_emb"  # what transformers' model files call theirs
 
 
 class Rotary(torch.autograd.Function):
-    """x ⊙ cos + rotate_half(x) ⊙ sin, rotate_half([a, b]) = [−b, a]; x [B, H, T, D], cos and sin [B, 1, T, D].
+    """x ⊙ cos + rotate_half(x) ⊙ sin, rotate_half([a, b]) = [−b, a]; x [B, H, T, D], cos and sin [B, 1, T,
+    D].
 
-    Backward, with R = rotate_half and Rᵀ = −R: dx = dy ⊙ cos − R(dy ⊙ sin), one pass instead of autograd's slices,
-    each of which fills and adds a tensor of x's size.
+    Backward, with R = rotate_half and Rᵀ = −R: dx = dy ⊙ cos − R(dy ⊙ sin), one pass instead of autograd's
+    slices, each of which fills and adds a tensor of x's size.
     """
 
     @staticmethod
@@ -33,7 +34,7 @@ class Rotary(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         half = dy.shape[-1] // 2
         dx = dy * cos
@@ -52,8 +53,8 @@ def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
 def lean_rotary(model: Any) -> Iterator[None]:
     """Within the block the model's file uses `apply` for its own function, if that proves to be the same.
 
-    The function is a global of the file that defines the model's family, so other models of that family use it too
-    for as long; they compute the same.
+    The function is a global of the file that defines the model's family, so other models of that family use
+    it too for as long; they compute the same.
     """
     files = {sys.modules[type(module).__module__] for module in model.modules()}
     swapped = {file: getattr(file, NAME) for file in files if _rotates_halves(file)}

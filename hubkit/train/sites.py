@@ -17,7 +17,7 @@ def targeted(model: Any, targets: tuple[str, ...]) -> Linears:
     """The linear modules whose names end in one of `targets` (whole name parts), in the model's order.
 
     Raises:
-        UsageError: a target that names none.
+        UsageError: a target that names none, or a model without linear modules (GPT-2's are of its own kind).
     """
     head = model.get_output_embeddings()
     linears = {
@@ -25,6 +25,8 @@ def targeted(model: Any, targets: tuple[str, ...]) -> Linears:
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not head
     }
+    if not linears:
+        raise UsageError("The base has no linear modules that could be adapted.", "Use another base.")
     if tuple(targets) == ALL_LINEAR:
         return linears
     for target in targets:
@@ -43,7 +45,8 @@ def _ends(path: str, target: str) -> bool:
 
 @torch.no_grad()
 def siblings(model: Any, linears: Linears) -> list[Linears]:
-    """`linears` in groups that are given the very same tensor (q, k and v; gate and up), in order of the first.
+    """`linears` in groups that are given the very same tensor (q, k and v; gate and up), in order of the
+    first.
 
     Found by looking, so that no list of model families is needed: two tokens go through the model.
     """

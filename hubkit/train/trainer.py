@@ -18,9 +18,10 @@ from hubkit.likelihood import Batch, collate, token_losses
 from hubkit.prompt import Encoded, Template
 from hubkit.task import Example
 from hubkit.train import checkpoint, methods
-from hubkit.train.attention import short_attention
+from hubkit.train.attention import LONGEST, NAME, short_attention
 from hubkit.train.data import Plan, by_length, encode_all, length, pieces, split
 from hubkit.train.norm import lean_norms
+from hubkit.train.packing import pack, packed
 from hubkit.train.recipe import ALL_LINEAR, Recipe
 from hubkit.train.rotary import lean_rotary
 
@@ -43,9 +44,10 @@ class Progress:
 class TrainResult:
     """A trained adapter and how it went.
 
-    `curve` holds every step's loss; `loss` is the mean of its last tenth. `validation` holds (step, loss) of each
-    look at the held-out share, `best_step` the step whose states were kept. `tokens` counts the prompt and target
-    tokens (no padding) that this call trained on, in `seconds`; a resumed run counts its own share only.
+    `curve` holds every step's loss; `loss` is the mean of its last tenth. `validation` holds (step, loss) of
+    each look at the held-out share, `best_step` the step whose states were kept. `tokens` counts the prompt
+    and target tokens (no padding) that this call trained on, in `seconds`; a resumed run counts its own share
+    only.
     """
 
     adapter: Adapter
@@ -72,10 +74,10 @@ def train(
 ) -> TrainResult:
     """Train one adapter on the examples of all of `data`, mixed, by `recipe`.
 
-    `base` is a `hubkit.base.Base`; its model is left as it was. The loss is that of the completions alone, a mean
-    over the target tokens of a step. `seed` (the recipe's by default) fixes initial states, batches and dropout.
-    With `workdir` the run is checkpointed there, and `resume` continues it to the same losses as an uninterrupted
-    run; the checkpoint goes when the run is complete.
+    `base` is a `hubkit.base.Base`; its model is left as it was. The loss is that of the completions alone, a
+    mean over the target tokens of a step. `seed` (the recipe's by default) fixes initial states, batches and
+    dropout. With `workdir` the run is checkpointed there, and `resume` continues it to the same losses, bit
+    for bit, as an uninterrupted run has; a run that is already complete gives its result at once.
 
     Raises:
         UsageError: no data, a bad target, an unknown method, or a checkpoint of another run.
@@ -83,7 +85,9 @@ def train(
     """
     recipe = resolved(base, recipe, seed)
     assert recipe.template is not None
-    encoded = encode_all([e for part in data for e in part], recipe.template, base.tokenizer, recipe.max_length)
+    encoded = encode_all(
+        [e for part in data for e in part], recipe.template, base.tokenizer, recipe.max_length
+    )
     run = Run(base, recipe, encoded)
     try:
         run.start(workdir, resume)
@@ -103,6 +107,7 @@ class _History:
     validation: list[tuple[int, float]] = field(default_factory=list)
     best_step: int = 0
     stopped: bool = False
+    packs: bool | None = None  # whether the model takes packed batches; None until tried
 
 
 class Run:
@@ -142,19 +147,20 @@ class Run:
         while history.step < recipe.steps and not history.stopped:
             history.curve.append(self.step(history.step))
             history.step += 1
-            look = self.held_out and (history.step % recipe.evaluate_every == 0 or history.step == recipe.steps)
+            look = self.held_out and (
+                history.step % recipe.evaluate_every == 0 or history.step == recipe.steps
+            )
             if look:
                 self.look()
             self.seconds = time.perf_counter() - began
-            if workdir is not None and history.step % CHECKPOINT_EVERY == 0:
+            over = history.stopped or history.step == recipe.steps
+            if workdir is not None and (over or history.step % CHECKPOINT_EVERY == 0):
                 self.save(workdir)
             if progress is not None:
                 left = (recipe.steps - history.step) * self.seconds / (history.step - first)
                 validation = history.validation[-1][1] if look else None
                 rate = self.tokens / self.seconds
                 progress(Progress(history.step, recipe.steps, history.curve[-1], rate, left, validation))
-        if workdir is not None:
-            checkpoint.clear(workdir)
 
     def step(self, number: int) -> float:
         """One optimizer step; the mean loss over its target tokens."""
@@ -165,7 +171,7 @@ class Run:
         method.refresh()
         total = torch.zeros((), device=self.base.device)
         for piece in pieces(sorted(chosen, key=length), recipe.accumulation):
-            loss = token_losses(self.base.model, self.collate(piece)).sum() / targets
+            loss = self.losses(piece).sum() / targets
             loss.backward()
             method.collect()
             total += loss.detach()
@@ -174,7 +180,8 @@ class Run:
         value = float(total)
         if value != value or value in (float("inf"), float("-inf")):
             raise HubkitError(
-                f"The loss became {value} at step {number + 1}.", "Lower the recipe's lr, or lengthen its warm-up."
+                f"The loss became {value} at step {number + 1}.",
+                "Lower the recipe's lr, or lengthen its warm-up.",
             )
         return value
 
@@ -188,13 +195,14 @@ class Run:
         states.grad.zero_()
 
     def look(self) -> None:
-        """Measure the held-out share; keep the states if they are the best so far, stop if they have long not been."""
+        """Measure the held-out share; keep the states if they are the best so far, stop if they have long not
+        been."""
         history = self.history
         self.method.refresh()
         losses = []
         with torch.no_grad():
             for batch in by_length(self.held_out, self.recipe.batch):
-                losses.append(token_losses(self.base.model, self.collate(batch)))
+                losses.append(self.losses(batch))
         loss = float(torch.cat(losses).mean())
         known = [value for _, value in history.validation]
         if not known or loss < min(known):
@@ -203,11 +211,40 @@ class Run:
         since = [step for step, _ in history.validation if step > history.best_step]
         history.stopped = len(since) >= self.recipe.patience
 
+    def losses(self, encoded: Sequence[Encoded]) -> Tensor:
+        """The loss of every target token of the examples, [T]; without padding where the model can."""
+        if self.history.packs is None:
+            self.history.packs = self.try_packing(encoded)
+        if self.history.packs and max(map(length, encoded)) <= LONGEST:
+            batch, packing = pack(encoded)
+            with packed(packing):
+                return token_losses(self.base.model, batch)
+        return token_losses(self.base.model, self.collate(encoded))
+
+    @torch.no_grad()
+    def try_packing(self, encoded: Sequence[Encoded]) -> bool:
+        """Whether the model's losses are the same on these examples packed: if more than its attention looks
+        across positions, or that is of another kind, they are not."""
+        model = self.base.model
+        if self.base.seq2seq or model.config._attn_implementation != NAME or self.base.device.type != "cpu":
+            return False
+        few = [e for e in encoded if length(e) <= LONGEST][:4]
+        if len(few) < 2:
+            return False
+        batch, packing = pack(few)
+        try:
+            with packed(packing):
+                ours = token_losses(model, batch)
+        except (NotImplementedError, TypeError):  # another attention, or a forward without position_ids
+            return False
+        near = 0.03 if self.base.dtype.itemsize < 4 else 1e-3
+        return torch.allclose(ours, token_losses(model, self.collate(few)), rtol=near, atol=near)
+
     def collate(self, encoded: Sequence[Encoded]) -> Batch:
         batch = collate(encoded, self.base.pad_id, seq2seq=self.base.seq2seq)
         if not self.base.seq2seq:
-            # Padding is on the right, where causal attention never looks from a real token: without a mask the
-            # attention takes its fast causal path.
+            # Padding is on the right, where causal attention never looks from a real token: without a mask
+            # the attention takes its fast causal path.
             del batch.inputs["attention_mask"]
         return batch.to(self.base.device)
 
@@ -254,7 +291,9 @@ class Run:
             "recipe": recipe.to_json(),
         }
         branches = self.method.branches(getattr(torch, recipe.dtype))
-        named = {path.rsplit(".", 1)[-1] for path in branches} if recipe.targets == ALL_LINEAR else recipe.targets
+        named = (
+            {path.rsplit(".", 1)[-1] for path in branches} if recipe.targets == ALL_LINEAR else recipe.targets
+        )
         return Adapter.new(
             branches,
             base_name=base.reference,
@@ -296,8 +335,8 @@ def _template(base: Any, recipe: Recipe) -> Template:
 
 @contextmanager
 def frozen(model: Any) -> Iterator[None]:
-    """Within the block no parameter of the model wants a gradient, its own dropout is off, and norms and attention
-    run as they are fastest to train through; then all is as before."""
+    """Within the block no parameter of the model wants a gradient, its own dropout is off, and norms and
+    attention run as they are fastest to train through; then all is as before."""
     wanting = [p for p in model.parameters() if p.requires_grad]
     training = model.training
     model.requires_grad_(False)

@@ -1,7 +1,7 @@
 """Training methods, one file each.
 
-A method is a function that puts trainable branches into a model and hands back a `Trainable`; a new one is a new
-file in this folder whose function is registered:
+A method is a function that puts trainable branches into a model and hands back a `Trainable`; a new one is a
+new file in this folder whose function is registered:
 
     @register("my-method")
     def attach(model, recipe, generator): ...
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 class Trainable(ABC):
     """A model's trainable part while a method is attached.
 
-    `states` are the fp32 master values as one flat vector; the optimizer steps on it alone. `refresh` brings the
-    model's compute copies up to it (once per step), `collect` adds the gradients of the last backward pass to
-    `states.grad` and clears them in the copies.
+    `states` are the fp32 master values as one flat vector; the optimizer steps on it alone. `refresh` brings
+    the model's compute copies up to it (once per step), `collect` adds the gradients of the last backward
+    pass to `states.grad` and clears them in the copies.
     """
 
     states: torch.nn.Parameter

@@ -1,4 +1,5 @@
-"""LoRA (Hu et al., arXiv 2106.09685): h = W x + scale · B A x with W frozen, A Kaiming-uniform(√5), B zero."""
+"""LoRA (Hu et al., arXiv 2106.09685): h = W x + scale · B A x with W frozen, A Kaiming-uniform(√5), B
+zero."""
 
 from __future__ import annotations
 
@@ -22,12 +23,14 @@ class _Group:
     The first one that is called computes them all; the others find their output waiting.
     """
 
-    def __init__(self, linears: Linears, A: Tensor, Bts: list[Tensor], mask: Callable[[Tensor], Tensor | None]) -> None:
+    def __init__(
+        self, linears: Linears, A: Tensor, Bts: list[Tensor], mask: Callable[[Tensor], Tensor | None]
+    ) -> None:
         self.linears, self.A, self.Bts, self._mask = linears, A, Bts, mask
         self._input: Tensor | None = None
         self._waiting: dict[int, Tensor] = {}
         for index, linear in enumerate(linears.values()):
-            linear.forward = self._forward_of(index)  # type: ignore[method-assign]
+            linear.forward = self._forward_of(index)  # type: ignore[method-assign, assignment]
 
     def _forward_of(self, index: int) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
@@ -41,7 +44,7 @@ class _Group:
         return forward
 
     def _compute(self, x: Tensor) -> None:
-        members: list[Tensor | None] = []
+        members: list[Any] = []
         for linear, Bt in zip(self.linears.values(), self.Bts, strict=True):
             members += [linear.weight, linear.bias, Bt]
         outs = LowRankLinears.apply(x, self.A, self._mask(x), *members)
@@ -55,10 +58,11 @@ class _Group:
 
 @register("lora")
 class Lora(Trainable):
-    """All A's, then all B's (transposed), in one flat vector: one cast, one optimizer kernel, one norm per step.
+    """All A's, then all B's (transposed), in one flat vector: one cast, one optimizer kernel, one norm per
+    step.
 
-    The compute copies are views of one flat vector in the model's dtype, with the scale folded into B, and their
-    gradients are views of another.
+    The compute copies are views of one flat vector in the model's dtype, with the scale folded into B, and
+    their gradients are views of another.
     """
 
     def __init__(self, model: Any, recipe: Recipe, generator: torch.Generator) -> None:
