@@ -43,7 +43,9 @@ def build(base: Base, path: Path, data: Path, tasks: dict[str, dict]) -> None:
     used = [tasks[Path(name).stem] for name in recipe.data]
     for task in used:
         if task["licence_class"] != "permissive" or task["role"] != "upstream":
-            raise SystemExit(f"{path.stem}: {task['task']} is {task['licence_class']}/{task['role']}, not to be shipped")
+            raise SystemExit(
+                f"{path.stem}: {task['task']} is {task['licence_class']}/{task['role']}, not to be shipped"
+            )
     result = train(base, [split(data / name, "train") for name in recipe.data], recipe, seed=recipe.seed)
     test = [example for name in recipe.data for example in split(data / name, "test")]
     ours, bare = score(base, test, result, used[0]["metric"])

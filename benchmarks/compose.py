@@ -86,9 +86,7 @@ def byte_tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
 def make_adapters(base: Any, folder: Path, size: dict[str, Any]) -> None:
@@ -279,9 +277,7 @@ def row(peer: str, runs: list[dict[str, Any]], theirs: dict[str, float]) -> dict
 def machine(options: argparse.Namespace) -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    model = next(
-        (line.partition(":")[2].strip() for line in lines if "model name" in line), platform.machine()
-    )
+    model = next((line.partition(":")[2].strip() for line in lines if "model name" in line), platform.machine())
     cuda = options.device.startswith("cuda")
     packages = ("torch", "transformers", "peft", "nevergrad", "lorahub")
     return {
@@ -296,9 +292,7 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--toy", action="store_true", help="a size that takes seconds, to see that it works")
-    parser.add_argument(
-        "--device", default="cpu", help="of both peers; lorahub takes a GPU where there is one"
-    )
+    parser.add_argument("--device", default="cpu", help="of both peers; lorahub takes a GPU where there is one")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--format", choices=("human", "json"), default="human")
@@ -316,11 +310,7 @@ def main() -> None:
     print({name: value for name, value in result.items() if name != "rows"})
     print("".join(f"{name:>14}" for name in result["rows"][0]))
     for row in result["rows"]:
-        print(
-            "".join(
-                f"{value:>14.3g}" if isinstance(value, float) else f"{value:>14}" for value in row.values()
-            )
-        )
+        print("".join(f"{value:>14.3g}" if isinstance(value, float) else f"{value:>14}" for value in row.values()))
 
 
 if __name__ == "__main__":

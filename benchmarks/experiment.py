@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-TASKS = ("ii_antonyms", "ii_larger_animal", "ii_translation_en_fr", "banking77", "trec")
+TASKS = ("ii_antonyms", "ii_larger_animal", "ii_translation_en_fr", "trec", "tweet_emotion")
 COMPOSED = {
     "best single": {"method": "best-single"},
     "uniform": {"method": "uniform"},

@@ -108,9 +108,7 @@ def examples(count: int, seed: int) -> list[Example]:
     return made
 
 
-def peft_step(
-    run: Run, model: Any, dtype: torch.dtype, *, wide: bool, attention: str, compiled: bool
-) -> Step:
+def peft_step(run: Run, model: Any, dtype: torch.dtype, *, wide: bool, attention: str, compiled: bool) -> Step:
     """One configuration of peft on a copy of the base: its own optimizer, the run's batches, schedule and
     clipping."""
     from peft import LoraConfig, get_peft_model
@@ -118,9 +116,7 @@ def peft_step(
     recipe = run.recipe
     base = copy.deepcopy(model).to(dtype)
     base.set_attn_implementation(attention)
-    config = LoraConfig(
-        r=recipe.rank, lora_alpha=int(recipe.alpha), target_modules="all-linear", task_type="CAUSAL_LM"
-    )
+    config = LoraConfig(r=recipe.rank, lora_alpha=int(recipe.alpha), target_modules="all-linear", task_type="CAUSAL_LM")
     wrapped = get_peft_model(base, config, autocast_adapter_dtype=wide)
     parameters = dict(wrapped.named_parameters())
     with torch.no_grad():
@@ -192,9 +188,7 @@ def measure(run: Run, steps: dict[str, Step], count: int) -> dict[str, dict[str,
             "tokens_per_second": rate(tokens, seconds[name]),
             "tokens_per_cpu_second": rate(tokens, busy[name]),
             "losses": losses[name],
-            "loss_distance": statistics.fmean(
-                abs(a - b) for a, b in zip(losses[name], losses["hubkit"], strict=True)
-            ),
+            "loss_distance": statistics.fmean(abs(a - b) for a, b in zip(losses[name], losses["hubkit"], strict=True)),
         }
         for name in steps
     }
@@ -244,12 +238,8 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def human(found: dict[str, Any]) -> str:
-    lines = [
-        f"{found['base']}, rank {found['rank']}, all linears, batch {found['batch']}, {found['steps']} steps"
-    ]
-    lines.append(
-        f"{'':44}{'tokens/s':>9}{'tokens/CPU-s':>14}{'last loss':>11}{'mean |Δ loss| to hubkit':>25}"
-    )
+    lines = [f"{found['base']}, rank {found['rank']}, all linears, batch {found['batch']}, {found['steps']} steps"]
+    lines.append(f"{'':44}{'tokens/s':>9}{'tokens/CPU-s':>14}{'last loss':>11}{'mean |Δ loss| to hubkit':>25}")
     for name, row in found["contenders"].items():
         lines.append(
             f"{name:44}{row['tokens_per_second']:9.0f}{row['tokens_per_cpu_second']:14.0f}{row['losses'][-1]:11.4f}{row['loss_distance']:25.4f}"
@@ -268,9 +258,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--peers", choices=("all", "fast"), default="all", help="fast: leave out the slowest")
-    parser.add_argument(
-        "--compile", action="store_true", help="also try torch.compile (needs a C++ compiler)"
-    )
+    parser.add_argument("--compile", action="store_true", help="also try torch.compile (needs a C++ compiler)")
     parser.add_argument("--format", choices=("human", "json"), default="human")
     options = parser.parse_args()
     if options.steps <= WARM:

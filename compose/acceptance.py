@@ -28,9 +28,7 @@ def nothing(brief: Brief) -> Search:
 class Trial:
     """Cross-validation of several searches: leave-one-out up to MAX_FOLDS examples, as many folds beyond."""
 
-    def __init__(
-        self, contenders: Mapping[str, Callable[[Brief], Search]], brief: Brief, examples: int
-    ) -> None:
+    def __init__(self, contenders: Mapping[str, Callable[[Brief], Search]], brief: Brief, examples: int) -> None:
         """`contenders` in order of simplicity: of equals the first wins."""
         self.folds = folds(examples)
         everything = range(examples)

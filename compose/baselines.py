@@ -25,9 +25,7 @@ class InContext(Template):
     pool: tuple[Example, ...] = ()
 
     def encode(self, tokenizer: Any, example: Example, shots: Sequence[Example] = ()) -> Encoded:
-        return super().encode(
-            tokenizer, example, [other for other in self.pool if other.input != example.input]
-        )
+        return super().encode(tokenizer, example, [other for other in self.pool if other.input != example.input])
 
 
 def mixtures(screened: Array) -> dict[str, Array]:
@@ -42,9 +40,7 @@ def mixtures(screened: Array) -> dict[str, Array]:
     }
 
 
-def score_mixture(
-    population: Population, weights: Array, examples: Sequence[Example], template: Template
-) -> Score:
+def score_mixture(population: Population, weights: Array, examples: Sequence[Example], template: Template) -> Score:
     """Loss and greedy predictions of one mixture on the examples."""
     group = population.group(weights) if weights.any() else None
     return evaluate(population.base, examples, template, runtime=population.runtime, group=group)

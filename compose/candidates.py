@@ -58,9 +58,7 @@ class Sieve:
         self.named = named
         self.warnings: list[str] = []
 
-    def keep(
-        self, base: Base, runtime: LoraRuntime, candidates: Sequence[Candidate], mode: str
-    ) -> list[Candidate]:
+    def keep(self, base: Base, runtime: LoraRuntime, candidates: Sequence[Candidate], mode: str) -> list[Candidate]:
         """Those of `candidates` that fit the base and share a template (and, in factor mode, shapes and
         scale).
 
@@ -92,9 +90,7 @@ class Sieve:
         self.warnings += [f"{candidate.name}: {doubt}" for doubt in doubts]
         return True
 
-    def _alike(
-        self, candidates: list[Candidate], what: str, trait: Callable[[Adapter], Hashable]
-    ) -> list[Candidate]:
+    def _alike(self, candidates: list[Candidate], what: str, trait: Callable[[Adapter], Hashable]) -> list[Candidate]:
         """Those with the most frequent trait, all of them where the candidates were named."""
         traits = [trait(candidate.adapter) for candidate in candidates]
         if len(set(traits)) <= 1:

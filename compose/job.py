@@ -69,9 +69,7 @@ class Job:
             best = min(value for _, value in main.trajectory)
             self.progress(len(main.trajectory), max(planned, len(main.trajectory)), best)
 
-    def _result(
-        self, main: Run, weights: Array, mixed: Array, chosen: str, held_out: dict[str, float]
-    ) -> Result:
+    def _result(self, main: Run, weights: Array, mixed: Array, chosen: str, held_out: dict[str, float]) -> Result:
         """The result for `weights` [N], which stand for the mixture `mixed` [N]."""
         score = float(main.objective(self.population.losses(mixed[None]), weights[None])[0])
         if not any(np.array_equal(weights, seen) for seen, _ in main.trajectory):

@@ -84,9 +84,7 @@ class Method:
 _METHODS: dict[str, Method] = {}
 
 
-def method(
-    name: str, summary: str, **traits: Any
-) -> Callable[[Callable[[Brief], Search]], Callable[[Brief], Search]]:
+def method(name: str, summary: str, **traits: Any) -> Callable[[Callable[[Brief], Search]], Callable[[Brief], Search]]:
     """Register the decorated search under `name`; `traits` are further fields of `Method`."""
 
     def register(search: Callable[[Brief], Search]) -> Callable[[Brief], Search]:

@@ -93,18 +93,14 @@ class Optimizer:
         if sigma is not None:
             space.set_mutation(sigma=sigma)
         # the very stream that nevergrad would draw after np.random.seed(seed), which is how LoraHub seeds it
-        space.random_state = np.random.RandomState(
-            np.random.RandomState(seed).randint(2**32, dtype=np.uint32)
-        )
+        space.random_state = np.random.RandomState(np.random.RandomState(seed).randint(2**32, dtype=np.uint32))
         self.name = optimizer_name(name)
         if len(start) == 1 and isinstance(ng.optimizers.registry[self.name], ng.optimizers.ParametrizedCMA):
             self.name = "OnePlusOne"  # CMA needs two dimensions; for a single one NGOpt takes this too
         self.workers = 1 if is_sequential(name) else max(1, min(workers, budget))
         self.remaining = budget
         with _foreign(self.name):
-            self._optimizer = ng.optimizers.registry[self.name](
-                space, budget=budget, num_workers=self.workers
-            )
+            self._optimizer = ng.optimizers.registry[self.name](space, budget=budget, num_workers=self.workers)
         self._asked: list[Any] = []
 
     def __enter__(self) -> Optimizer:
@@ -128,9 +124,7 @@ class Optimizer:
     def tell(self, values: Sequence[float] | Array) -> None:
         """The objective of each candidate of the last `ask`, in its order."""
         with _foreign(self.name):
-            for candidate, value in zip(
-                self._asked, np.nan_to_num(values, nan=WORST, posinf=WORST), strict=True
-            ):
+            for candidate, value in zip(self._asked, np.nan_to_num(values, nan=WORST, posinf=WORST), strict=True):
                 self._optimizer.tell(candidate, float(value))
         self._asked = []
 

@@ -221,10 +221,7 @@ class MergePlan(Plan):
         flops, moved = 0.0, float(len(weights) * self.setting.model_bytes)
         for path in self.setting.paths:
             weight = self.setting.weight(path)
-            held = [
-                (np.count_nonzero(weights[:, index]), branch.rank)
-                for index, branch in self.setting.branches(path)
-            ]
+            held = [(np.count_nonzero(weights[:, index]), branch.rank) for index, branch in self.setting.branches(path)]
             delta = sum(used * rank for used, rank in held)
             ranks = delta if self.mode == "delta" else len(weights) * max(rank for _, rank in held)
             flops += 2.0 * weight.numel() * ranks
@@ -283,9 +280,7 @@ def _blank(adapter: Adapter) -> Adapter:
     return Adapter(branches, {}, adapter.config, adapter.meta)
 
 
-def count_tokens(
-    model: Any, batches: Sequence[Batch], paths: Sequence[str]
-) -> tuple[dict[str, int], list[Tensor]]:
+def count_tokens(model: Any, batches: Sequence[Batch], paths: Sequence[str]) -> tuple[dict[str, int], list[Tensor]]:
     """One forward of the bare base: positions through each module, and the token losses of each batch, [1,
     T].
     """

@@ -48,9 +48,7 @@ class Population:
         self.runtime = runtime
         self.mode = mode
         self.device = base.device.type
-        self._buckets = buckets(
-            [len(e.prompt) + len(e.target) for e in encoded], OVERHEAD_TOKENS.get(self.device, 64)
-        )
+        self._buckets = buckets([len(e.prompt) + len(e.target) for e in encoded], OVERHEAD_TOKENS.get(self.device, 64))
         self._batches = [
             collate([encoded[i] for i in bucket], base.pad_id, seq2seq=base.seq2seq).to(base.device)
             for bucket in self._buckets
@@ -125,9 +123,7 @@ def _wanted(plans: list[Plan], name: str | None, mode: str) -> list[Plan]:
         raise UsageError(f"There is no plan {name!r}.", f"Use {', '.join(PLANS)}.")
     chosen = [plan for plan in plans if plan.name == name]
     if not chosen:
-        raise UsageError(
-            f"The plan {name!r} can't run {mode} mixtures on this model.", "Leave the choice to hubkit."
-        )
+        raise UsageError(f"The plan {name!r} can't run {mode} mixtures on this model.", "Leave the choice to hubkit.")
     return chosen
 
 

@@ -84,9 +84,7 @@ def _draw_weights(result: dict[str, Any], path: Path) -> None:
     names = sorted(result["weights"], key=lambda name: abs(result["weights"][name]))
     figure, axes = _axes(8, 0.8 + 0.26 * len(names))
     rows = range(len(names))
-    axes.barh(
-        [r + 0.2 for r in rows], [result["weights"][n] for n in names], 0.38, color=ACCENT, label="weight"
-    )
+    axes.barh([r + 0.2 for r in rows], [result["weights"][n] for n in names], 0.38, color=ACCENT, label="weight")
     if gains:
         values = [gains.get(name, 0.0) for name in names]
         axes.barh([r - 0.2 for r in rows], values, 0.38, color=WARM, label="loss gained when present (nats)")
@@ -176,8 +174,7 @@ def _table(columns: tuple[str, ...], rows: list[tuple[Any, ...]], numeric: set[i
     body = "".join(
         "<tr>"
         + "".join(
-            f"<td{' class=n' if i in numeric else ''}><pre>{escape(str(cell))}</pre></td>"
-            for i, cell in enumerate(row)
+            f"<td{' class=n' if i in numeric else ''}><pre>{escape(str(cell))}</pre></td>" for i, cell in enumerate(row)
         )
         + "</tr>"
         for row in rows

@@ -50,7 +50,5 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         """The result as JSON values, the mixture in its written form."""
-        plain = {
-            name: value for name, value in vars(self).items() if name not in ("template", "meta", "adapters")
-        }
+        plain = {name: value for name, value in vars(self).items() if name not in ("template", "meta", "adapters")}
         return {**plain, "mixture": None if self.mixture is None else str(self.mixture)}

@@ -148,9 +148,7 @@ def _mixture(candidates: Sequence[Candidate], weights: Mapping[str, float], mode
 
 def _meta(base: Base, template: Template, result: Result) -> dict[str, Any]:
     fingerprint = {"architecture": base.fingerprint.architecture, "weights": base.fingerprint.weights}
-    recipe = {
-        key: getattr(result, key) for key in ("method", "mode", "optimizer", "budget", "seed", "chosen")
-    }
+    recipe = {key: getattr(result, key) for key in ("method", "mode", "optimizer", "budget", "seed", "chosen")}
     return {
         "version": 1,
         "base": {"name": base.name, **fingerprint},

@@ -86,7 +86,7 @@ class Adapter:
 
     @property
     def made_for(self) -> dict[str, Any]:
-        """The base that it was trained on: {"name", "architecture", "weights"}; a foreign adapter tells the name alone."""
+        """The base that it was trained on, {"name", "architecture", "weights"}; of a foreign adapter the name alone."""
         return self.meta.get("base") or {"name": self.config.get("base_model_name_or_path")}
 
     @property
@@ -123,9 +123,7 @@ class Adapter:
         # PEFT's own spelling, so that a config that was only read comes back byte for byte
         (folder / CONFIG).write_text(json.dumps(self.config, indent=2, allow_nan=False))
         if set(self.meta) > {"version"}:
-            (folder / META).write_text(
-                json.dumps(self.meta, indent=2, sort_keys=True, allow_nan=False) + "\n"
-            )
+            (folder / META).write_text(json.dumps(self.meta, indent=2, sort_keys=True, allow_nan=False) + "\n")
         else:
             (folder / META).unlink(missing_ok=True)
 
@@ -191,9 +189,7 @@ def check_meta(meta: dict[str, Any]) -> dict[str, Any]:
     for key in ("base", "template", "recipe", "conventions", "metrics"):
         if not isinstance(meta.get(key, {}), dict):
             raise PolicyError(f"{META} has a {key!r} that is no object.", "Correct or remove it.", "meta")
-    for convention in meta.get(
-        "conventions", {}
-    ):  # each changes what the tensors mean; version 1 defines none
+    for convention in meta.get("conventions", {}):  # each changes what the tensors mean; version 1 defines none
         raise PolicyError(
             f"{META} states the convention {escape(convention)[:60]!r}, which this hubkit doesn't know.",
             "Upgrade hubkit.",
@@ -206,14 +202,10 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise PolicyError(
-            f"{path.name} can't be read: {error}.", "Save the adapter again.", "tensors"
-        ) from None
+        raise PolicyError(f"{path.name} can't be read: {error}.", "Save the adapter again.", "tensors") from None
 
 
-def _assemble(
-    tensors: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> tuple[dict[str, LowRank], dict[str, Tensor]]:
+def _assemble(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[dict[str, LowRank], dict[str, Tensor]]:
     """PEFT's tensors as branches and full tensors, checked against the config."""
     parts: dict[str, dict[str, Tensor]] = {}
     saved: dict[str, Tensor] = {}
@@ -244,9 +236,7 @@ def _check_tensor(key: str, tensor: Tensor, dims: tuple[int, ...]) -> None:
             "shape",
         )
     if tensor.dtype not in DTYPES:
-        raise PolicyError(
-            f"{key} is stored as {tensor.dtype}.", "Save it as float32, float16 or bfloat16.", "dtype"
-        )
+        raise PolicyError(f"{key} is stored as {tensor.dtype}.", "Save it as float32, float16 or bfloat16.", "dtype")
 
 
 def _branch(
@@ -264,20 +254,14 @@ def _branch(
         tensor = getattr(branch, part)
         # peft ignores a part that its config doesn't announce and invents one that is announced but missing
         if (tensor is not None) != bool(config.get(key)):
-            raise _contradiction(
-                f"{CONFIG} states {key}={bool(config.get(key))}, but {module} says otherwise"
-            )
+            raise _contradiction(f"{CONFIG} states {key}={bool(config.get(key))}, but {module} says otherwise")
         if tensor is not None and tensor.shape[0] != branch.B.shape[0]:
-            raise _contradiction(
-                f"the {part} of {module} has the length {tensor.shape[0]}, not {branch.B.shape[0]}"
-            )
+            raise _contradiction(f"the {part} of {module} has the length {tensor.shape[0]}, not {branch.B.shape[0]}")
     return branch
 
 
 def _contradiction(what: str) -> PolicyError:
-    return PolicyError(
-        f"The adapter's files contradict each other: {what}.", "Save the adapter again.", "factors"
-    )
+    return PolicyError(f"The adapter's files contradict each other: {what}.", "Save the adapter again.", "factors")
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -77,9 +77,7 @@ def factor_sum(
         parts = [adapter.branches[module] for adapter in adapters]
         a = _weighted_sum([part.A for part in parts], weights)
         b = _weighted_sum([part.B for part in parts], weights)
-        branches[module] = LowRank(
-            _cast(a, dtype), _cast(b, dtype), lead.alpha, lead.rslora, embedding=lead.embedding
-        )
+        branches[module] = LowRank(_cast(a, dtype), _cast(b, dtype), lead.alpha, lead.rslora, embedding=lead.embedding)
     return _mixed(branches, adapters, weights, "factor", names)
 
 
@@ -129,9 +127,7 @@ def truncate(
     return _mixed(branches, adapters, weights, "delta", names), max(errors)
 
 
-def delta_errors(
-    approximate: Adapter, adapters: Sequence[Adapter], weights: Sequence[float]
-) -> dict[str, float]:
+def delta_errors(approximate: Adapter, adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, float]:
     """‖ΔW' − ΔW‖ / ‖ΔW‖ of each module, ΔW being the exact delta mixture and ΔW' that of `approximate`."""
     _check(adapters, weights)
     errors = {}
@@ -176,9 +172,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _check(adapters: Sequence[Adapter], weights: Sequence[float]) -> None:
     if not adapters or len(adapters) != len(weights):
-        raise UsageError(
-            f"{len(adapters)} adapters can't be mixed by {len(weights)} weights.", "Give one for each."
-        )
+        raise UsageError(f"{len(adapters)} adapters can't be mixed by {len(weights)} weights.", "Give one for each.")
     if not all(math.isfinite(weight) for weight in weights):
         raise UsageError("A weight of the mixture is not a finite number.", "Give finite weights.")
     for number, adapter in enumerate(adapters, 1):

@@ -118,9 +118,7 @@ def network(_: Scene) -> Check:
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     proxy = next((os.environ[k] for k in ("HTTPS_PROXY", "https_proxy") if os.environ.get(k)), None)
     target = urlsplit(proxy or endpoint)
-    reached = target.hostname and _connects(
-        target.hostname, target.port or (80 if target.scheme == "http" else 443)
-    )
+    reached = target.hostname and _connects(target.hostname, target.port or (80 if target.scheme == "http" else 443))
     through = f" through {target.hostname}" if proxy else ""
     detail = f"{endpoint} can{'' if reached else 'not'} be reached{through}"
     remedy = "Only the Hub needs it; HF_HUB_OFFLINE=1 keeps hubkit from trying, HF_ENDPOINT names a mirror."
@@ -136,9 +134,7 @@ def base(scene: Scene) -> Check:
         "hub": "is in the Hugging Face cache",
         None: "is not on this machine",
     }
-    return Check(
-        "base", where is not None, f"{DEFAULT_BASE} {details[where]}", aliases()[DEFAULT_BASE]["remedy"]
-    )
+    return Check("base", where is not None, f"{DEFAULT_BASE} {details[where]}", aliases()[DEFAULT_BASE]["remedy"])
 
 
 @check
@@ -149,9 +145,7 @@ def vllm(_: Scene) -> Check:
 Version = tuple[int, ...]
 
 
-def _package(
-    name: str, low: Version | None, high: Version | None, remedy: str, *, needed: bool = True
-) -> Check:
+def _package(name: str, low: Version | None, high: Version | None, remedy: str, *, needed: bool = True) -> Check:
     try:
         found = metadata.version(name)
     except metadata.PackageNotFoundError:

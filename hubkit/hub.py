@@ -188,26 +188,20 @@ class Hub:
             UsageError: it ships with hubkit, or is a digest.
         """
         if name.startswith("sha256:"):
-            raise UsageError(
-                "A digest can't be removed.", "Remove the names of that version, then run `hubkit gc`."
-            )
+            raise UsageError("A digest can't be removed.", "Remove the names of that version, then run `hubkit gc`.")
         plain, tag = split_ref(name)
         try:
             ref = self.store.refs.read(plain, tag)
         except IntegrityError:
             ref = Ref(plain, tag, "")
         if ref is None and tag == "latest" and self.index.entry(plain):
-            raise UsageError(
-                f"{name} ships with hubkit.", "A name in your store shadows it, if you want another."
-            )
+            raise UsageError(f"{name} ships with hubkit.", "A name in your store shadows it, if you want another.")
         if ref is None:
             raise self._unknown(name)
         self.store.unpoint(plain, tag)
         return ref
 
-    def _ingest(
-        self, source: Source, name: str, tag: str, *, base: str | None = None, url: str | None = None
-    ) -> Entry:
+    def _ingest(self, source: Source, name: str, tag: str, *, base: str | None = None, url: str | None = None) -> Entry:
         with self.store.staging() as staging:
             for file in check_file_names(source.files(), source.url):
                 with source.open(file) as stream:
@@ -257,9 +251,7 @@ class Hub:
         raise NotFoundError(f"There is no version {digest[:19]}.", "See `hubkit list`.")
 
     def _unknown(self, name: str) -> NotFoundError:
-        labels = [str(Ref(*ref, "")) for ref in self.store.refs] + [
-            entry.name for entry in self.index.entries()
-        ]
+        labels = [str(Ref(*ref, "")) for ref in self.store.refs] + [entry.name for entry in self.index.entries()]
         tags = [label for label in labels if label.startswith(f"{name}:")]
         near = tags[:3] or difflib.get_close_matches(name, labels, n=3, cutoff=0.5)
         remedy = f"Did you mean {' or '.join(near)}?" if near else "See `hubkit list`."
@@ -283,9 +275,7 @@ class Hub:
             return self._combine(stored_mixture(entry))
         with self._files(entry) as folder:
             adapter = Adapter.load(folder)
-        if entry.manifest[
-            "base"
-        ]:  # the user's word at `add` and the config's count where hubkit.json is silent
+        if entry.manifest["base"]:  # the user's word at `add` and the config's count where hubkit.json is silent
             adapter.meta["base"] = {**(adapter.meta.get("base") or {}), **entry.manifest["base"]}
         return adapter
 
@@ -330,16 +320,12 @@ def _as_json(meta: Mapping[str, Any]) -> dict[str, Any]:
     try:
         return strict_json.parse(strict_json.canonical(dict(meta)))
     except (TypeError, ValueError) as error:
-        raise UsageError(
-            f"The mixture's metadata is no JSON: {error}.", "Give finite numbers and texts."
-        ) from None
+        raise UsageError(f"The mixture's metadata is no JSON: {error}.", "Give finite numbers and texts.") from None
 
 
 def _common_base(entries: Sequence[Entry]) -> dict[str, Any] | None:
     bases = [entry.manifest["base"] for entry in entries if entry.manifest["base"]]
     if len({base["architecture"] for base in bases if base.get("architecture")}) > 1:
         names = " and ".join(sorted({str(base.get("name")) for base in bases}))
-        raise UsageError(
-            f"The parts are of different base models, {names}.", "Mix adapters of one base model."
-        )
+        raise UsageError(f"The parts are of different base models, {names}.", "Mix adapters of one base model.")
     return bases[0] if bases else None

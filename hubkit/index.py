@@ -29,9 +29,7 @@ class Index:
 
     def entries(self) -> list[Entry]:
         """The starter set, by name."""
-        found = (
-            self.entry(path.parent.name) for path in sorted((self.folder / "starter").glob(f"*/{MANIFEST}"))
-        )
+        found = (self.entry(path.parent.name) for path in sorted((self.folder / "starter").glob(f"*/{MANIFEST}")))
         return [entry for entry in found if entry]
 
     def entry(self, name: str) -> Entry | None:
@@ -84,8 +82,6 @@ def seal(folder: Path) -> str:
     """
     manifest = describe(folder, contents_of(folder))
     if not manifest["base"]:
-        raise PolicyError(
-            f"{folder.name} names no base model.", "Train it with hubkit, which records it.", "base"
-        )
+        raise PolicyError(f"{folder.name} names no base model.", "Train it with hubkit, which records it.", "base")
     (folder / MANIFEST).write_bytes(strict_json.canonical(manifest))
     return manifests.digest_of(manifest)

@@ -91,9 +91,7 @@ def majority_rate(references: Sequence[str], name: str = "exact_match") -> float
     return float(np.mean([score(constant, reference) for reference in references]))
 
 
-def bootstrap_interval(
-    values: Sequence[float], *, seed: int = 42, level: float = 0.95
-) -> tuple[float, float]:
+def bootstrap_interval(values: Sequence[float], *, seed: int = 42, level: float = 0.95) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of `values` over rows (Efron 1979).
 
     When all rows have one value it has no width: it says nothing about rows that were not drawn.
@@ -129,8 +127,6 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float], *, seed: i
     """Compare two systems on the same rows. Much narrower than the difference of two separate intervals,
     since what makes a row hard is hard for both."""
     if len(ours) != len(theirs) or not ours:
-        raise UsageError(
-            f"{len(ours)} scores can't be paired with {len(theirs)}.", "Score the same rows twice."
-        )
+        raise UsageError(f"{len(ours)} scores can't be paired with {len(theirs)}.", "Score the same rows twice.")
     gaps = np.subtract(ours, theirs)
     return Difference(float(gaps.mean()), bootstrap_interval(gaps.tolist(), seed=seed))

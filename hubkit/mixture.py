@@ -61,9 +61,7 @@ class Mixture:
         if self.mode not in MODES:
             raise UsageError(f"There is no mixture mode {self.mode!r}.", f"Use {' or '.join(MODES)}.")
         if not 0 < len(self.parts) <= MAX_PARTS:
-            raise UsageError(
-                f"A mixture of {len(self.parts)} parts can't be.", f"Give 1 to {MAX_PARTS} parts."
-            )
+            raise UsageError(f"A mixture of {len(self.parts)} parts can't be.", f"Give 1 to {MAX_PARTS} parts.")
 
     def __str__(self) -> str:
         return "+".join(map(str, self.parts))

@@ -109,15 +109,8 @@ def check_config(config: Mapping[str, Any]) -> None:
         raise _refuse(f"{CONFIG} describes a {kind!r} adapter, not a LoRA (peft_type).", "peft-type")
     for key, value in config.items():
         if key in REFUSED and value not in (None, False, [], {}):
-            raise _refuse(
-                f"{CONFIG} asks for {REFUSED[key]} ({key}), which hubkit can't represent.", "unsupported"
-            )
-        if (
-            key not in REFUSED
-            and key not in INERT
-            and key not in READ
-            and value not in (None, False, [], {}, "")
-        ):
+            raise _refuse(f"{CONFIG} asks for {REFUSED[key]} ({key}), which hubkit can't represent.", "unsupported")
+        if key not in REFUSED and key not in INERT and key not in READ and value not in (None, False, [], {}, ""):
             raise _refuse(f"{CONFIG} sets {escape(key)[:60]!r}, which hubkit does not know.", "unsupported")
     start = config.get("init_lora_weights", True)
     if start not in PLAIN_STARTS:
@@ -140,9 +133,7 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
             raise _refuse(f"{CONFIG} states {escape(str(rank))[:40]!r} as a rank (r, rank_pattern).", "rank")
     for alpha in (config.get("lora_alpha"), *alphas.values()):
         if type(alpha) not in (int, float) or not isfinite(alpha):
-            raise _refuse(
-                f"{CONFIG} states {escape(str(alpha))[:40]!r} as lora_alpha or in alpha_pattern.", "rank"
-            )
+            raise _refuse(f"{CONFIG} states {escape(str(alpha))[:40]!r} as lora_alpha or in alpha_pattern.", "rank")
     for pattern in (*ranks, *alphas):
         if not LITERAL.fullmatch(pattern):
             raise _refuse(

@@ -43,11 +43,7 @@ def place(hub: Hub, base: Base, mixture: Mixture | None, template: str | None = 
         return Placement(None, None, Template(template) if template else default_template(base))
     adapters = {part.name: hub.get(part.digest or part.name) for part in mixture.parts}
     weights = {part.name: part.weight for part in mixture.parts}
-    warnings = [
-        f"{name}: {warning}"
-        for name, adapter in adapters.items()
-        for warning in check_fits(adapter.made_for, base.fingerprint, base.name)
-    ]
+    warnings = [warning for name, adapter in adapters.items() for warning in _fit(name, adapter, base)]
     shared = Template(template) if template else common_template(adapters)
     runtime = LoraRuntime(base.model)
     if mixture.mode == "factor":
@@ -56,6 +52,13 @@ def place(hub: Hub, base: Base, mixture: Mixture | None, template: str | None = 
     for name, adapter in adapters.items():
         runtime.add(name, adapter)
     return Placement(runtime, weights, shared, warnings)
+
+
+def _fit(name: str, adapter: Adapter, base: Base) -> list[str]:
+    try:
+        return [f"{name}: {warning}" for warning in check_fits(adapter.made_for, base.fingerprint, base.name)]
+    except UsageError as error:
+        raise UsageError(f"{name} does not fit: {error.cause}", error.remedy) from error
 
 
 def common_template(adapters: Mapping[str, Adapter]) -> Template:

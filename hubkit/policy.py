@@ -50,9 +50,7 @@ def check_name(name: str) -> str:
             "name",
         )
     if name in RESERVED:
-        raise PolicyError(
-            f"The name {name!r} is taken: it means {RESERVED[name]}.", "Choose another name.", "name"
-        )
+        raise PolicyError(f"The name {name!r} is taken: it means {RESERVED[name]}.", "Choose another name.", "name")
     return name
 
 
@@ -63,9 +61,7 @@ def check_tag(tag: str) -> str:
         PolicyError: rule `tag`.
     """
     if not isinstance(tag, str) or not TAG.fullmatch(tag) or ".." in tag:
-        raise PolicyError(
-            f"{escape(str(tag))[:120]!r} can't be a tag.", "Use letters, digits and _ . - only.", "tag"
-        )
+        raise PolicyError(f"{escape(str(tag))[:120]!r} can't be a tag.", "Use letters, digits and _ . - only.", "tag")
     return tag
 
 
@@ -159,9 +155,7 @@ def read_object(path: Path) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise ValueError("it is no object")
     except ValueError as error:
-        raise PolicyError(
-            f"{path.name} is no valid JSON object: {error}.", "Write it again.", "json"
-        ) from None
+        raise PolicyError(f"{path.name} is no valid JSON object: {error}.", "Write it again.", "json") from None
     return value
 
 
@@ -191,9 +185,7 @@ def _modules(
 def _pair_rank(module: str, parts: dict[str, TensorInfo]) -> int:
     a, b = parts.get("A"), parts.get("B")
     if a is None or b is None:
-        raise PolicyError(
-            f"{module} has one LoRA factor without the other.", "Save the adapter again.", "factors"
-        )
+        raise PolicyError(f"{module} has one LoRA factor without the other.", "Save the adapter again.", "factors")
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
         raise PolicyError(
             f"The factors of {module} have the shapes {a.shape} and {b.shape}, which don't share a rank.",
@@ -205,9 +197,7 @@ def _pair_rank(module: str, parts: dict[str, TensorInfo]) -> int:
 
 def _check_rank(module: str, rank: int, stated: int) -> None:
     if rank != stated:
-        raise PolicyError(
-            f"{module} has rank {rank}, but {CONFIG} states {stated}.", "Correct the config.", "rank"
-        )
+        raise PolicyError(f"{module} has rank {rank}, but {CONFIG} states {stated}.", "Correct the config.", "rank")
 
 
 def _facts(

@@ -40,9 +40,7 @@ class Template:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise UsageError(
-                f"There is no prompt template of kind {self.kind!r}.", f"Use {', '.join(KINDS)}."
-            )
+            raise UsageError(f"There is no prompt template of kind {self.kind!r}.", f"Use {', '.join(KINDS)}.")
 
     @classmethod
     def from_json(cls, data: dict[str, Any] | None) -> Template:
@@ -75,9 +73,7 @@ class Template:
         else:
             encoded = self._encode_plain(tokenizer, example, shots)
         if not encoded.prompt:  # the first target token would be predicted from nothing
-            raise UsageError(
-                "An example's prompt has no tokens.", "Give the input or the template some text."
-            )
+            raise UsageError("An example's prompt has no tokens.", "Give the input or the template some text.")
         return encoded
 
     def _encode_plain(self, tokenizer: Any, example: Example, shots: Sequence[Example]) -> Encoded:

@@ -62,11 +62,7 @@ def _choices(row: dict, where: str) -> tuple[str, ...] | None:
     choices = row.get("choices")
     if choices is None:
         return None
-    if (
-        not isinstance(choices, list)
-        or not choices
-        or not all(isinstance(c, str) and c.strip() for c in choices)
-    ):
+    if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and c.strip() for c in choices):
         raise UsageError(f'{where} has "choices" that are not a list of texts.', "Give a list of strings.")
     for choice in choices:
         _check_text(choice, where)
@@ -76,9 +72,5 @@ def _choices(row: dict, where: str) -> tuple[str, ...] | None:
 
 
 def _check_text(text: str, where: str) -> None:
-    if any(
-        "\ud800" <= c <= "\udfff" for c in text
-    ):  # JSON can escape half a character; no tokenizer takes it
-        raise UsageError(
-            f"{where} has an unpaired surrogate, which is no text.", "Write the whole character."
-        )
+    if any("\ud800" <= c <= "\udfff" for c in text):  # JSON can escape half a character; no tokenizer takes it
+        raise UsageError(f"{where} has an unpaired surrogate, which is no text.", "Write the whole character.")

@@ -70,9 +70,7 @@ def check_finite(path: Path, tensors: dict[str, TensorInfo], chunk: int = 1 << 2
 
     for info in tensors.values():
         width, exponent = DTYPES[info.dtype]
-        flat = np.memmap(
-            path, dtype=f"<u{width}", mode="r", offset=info.start, shape=(math.prod(info.shape),)
-        )
+        flat = np.memmap(path, dtype=f"<u{width}", mode="r", offset=info.start, shape=(math.prod(info.shape),))
         for begin in range(0, flat.size, chunk):
             if ((flat[begin : begin + chunk] & exponent) == exponent).any():
                 raise _refusal(path, "finite", f"has values in {info.name} that are not finite numbers")
@@ -95,9 +93,7 @@ def _tensor(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
         raise _refusal(path, "header-json", f"does not describe {name} by dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise _refusal(
-            path, "dtype", f"stores {name} as {str(dtype)[:20]!r}, not as one of {', '.join(DTYPES)}"
-        )
+        raise _refusal(path, "dtype", f"stores {name} as {str(dtype)[:20]!r}, not as one of {', '.join(DTYPES)}")
     if not (_naturals(shape) and 0 < len(shape) <= MAX_DIMS and min(shape) > 0):
         raise _refusal(path, "shape", f"gives {name} the shape {str(shape)[:80]}")
     if not (_naturals(offsets) and len(offsets) == 2):

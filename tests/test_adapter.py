@@ -79,9 +79,7 @@ class TestRoundTrip:
     def test_views_and_shared_tensors_are_saved(self, tmp_path: Path) -> None:
         arena = torch.randn(8, 16)
         branches = {name: LowRank(arena[2:6], arena[:4].T, 4.0) for name in ("one", "two")}
-        Adapter.new(branches, base_name=None, task_type=None, target_modules=["one", "two"], meta={}).save(
-            tmp_path
-        )
+        Adapter.new(branches, base_name=None, task_type=None, target_modules=["one", "two"], meta={}).save(tmp_path)
         for branch in Adapter.load(tmp_path).branches.values():
             assert torch.equal(branch.A, arena[2:6])
             assert torch.equal(branch.B, arena[:4].T)
@@ -89,9 +87,7 @@ class TestRoundTrip:
     def test_unknown_empty_keys_of_newer_peft_are_kept(self, folder: Path, tmp_path: Path) -> None:
         edit_config(folder, some_future_config=None, some_future_flag=False, some_future_map={})
         Adapter.load(folder).save(tmp_path / "out")
-        assert json.loads((tmp_path / "out" / CONFIG).read_text()) == json.loads(
-            (folder / CONFIG).read_text()
-        )
+        assert json.loads((tmp_path / "out" / CONFIG).read_text()) == json.loads((folder / CONFIG).read_text())
 
 
 class TestBranches:

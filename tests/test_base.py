@@ -347,9 +347,7 @@ def _convert_and_count(path: Path, home: Path, barrier: Any, count: Any) -> None
 def test_concurrent_conversions_do_the_work_once(tiny_gguf, home):
     context = multiprocessing.get_context("fork")
     barrier, count = context.Barrier(4), context.Value("i", 0)
-    children = [
-        context.Process(target=_convert_and_count, args=(tiny_gguf, home, barrier, count)) for _ in range(4)
-    ]
+    children = [context.Process(target=_convert_and_count, args=(tiny_gguf, home, barrier, count)) for _ in range(4)]
     for child in children:
         child.start()
     for child in children:

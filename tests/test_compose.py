@@ -214,9 +214,9 @@ def test_every_method_spends_its_budget_and_no_more(name: str) -> None:
     if method.optimizer:
         assert len(run.trajectory) == screened + brief.budget
         start = quadratic(np.array([1.0, 0.5, 0.0, 0.0, -0.2]))(np.zeros((1, 5)))
-        assert run.objective(
-            quadratic(np.array([1.0, 0.5, 0.0, 0.0, -0.2]))(run.result[None]), run.result[None]
-        ) < (run.objective(start, np.zeros((1, 5))))
+        assert run.objective(quadratic(np.array([1.0, 0.5, 0.0, 0.0, -0.2]))(run.result[None]), run.result[None]) < (
+            run.objective(start, np.zeros((1, 5)))
+        )
 
 
 def test_refinement_improves_on_the_grid() -> None:

@@ -79,9 +79,7 @@ def test_scores(tiny: Record, plan: str, key: str, batch_size: int | None) -> No
 def test_a_whole_search(tiny: Record) -> None:
     recorded = tiny.expected["search"]
     result = compose(tiny.base, tiny.candidates, tiny.task, method="lorahub", budget=recorded["budget"])
-    np.testing.assert_allclose(
-        trajectory(result.trajectory), trajectory(recorded["trajectory"]), rtol=0, atol=2e-3
-    )
+    np.testing.assert_allclose(trajectory(result.trajectory), trajectory(recorded["trajectory"]), rtol=0, atol=2e-3)
     np.testing.assert_allclose(
         [p["score"] for p in result.trajectory], [p["score"] for p in recorded["trajectory"]], rtol=1e-4
     )
@@ -92,9 +90,7 @@ def test_the_mixture_is_what_the_reference_merges(tiny: Record) -> None:
     recorded = tiny.expected["search"]
     weights = trajectory([*recorded["trajectory"], {"weights": recorded["final_weights"]}])
     mixed = Overwritten(weights.shape[1])(weights)[-1]
-    branch = factor_sum([c.adapter for c in tiny.candidates], mixed.tolist()).branches[
-        recorded["merged"]["module"]
-    ]
+    branch = factor_sum([c.adapter for c in tiny.candidates], mixed.tolist()).branches[recorded["merged"]["module"]]
     weight = tiny.base.model.get_submodule(recorded["merged"]["module"]).weight
     row = (weight + branch.scale * branch.B @ branch.A)[0]
     torch.testing.assert_close(row, torch.tensor(recorded["merged"]["first_row"]), rtol=1e-5, atol=1e-5)

@@ -52,17 +52,13 @@ def encode(base: Base) -> list[Encoded]:
     return [template_of(base).encode(base.tokenizer, example) for example in TASK]
 
 
-def naive(
-    base: Base, adapters: dict[str, Adapter], encoded: list[Encoded], mode: str, weights: Array
-) -> list[float]:
+def naive(base: Base, adapters: dict[str, Adapter], encoded: list[Encoded], mode: str, weights: Array) -> list[float]:
     """Losses of all target tokens of one candidate: an fp64 copy of the model, ΔW added, row by row."""
     kind = "t5" if base.seq2seq else "llama"
     model = tiny_base(kind, torch.float64).model
     for path in targets(base):
         held = [
-            (float(w), a.branches[path])
-            for w, a in zip(weights, adapters.values(), strict=True)
-            if path in a.branches
+            (float(w), a.branches[path]) for w, a in zip(weights, adapters.values(), strict=True) if path in a.branches
         ]
         if mode == "delta":
             delta = sum(w * b.scale * b.B.double() @ b.A.double() for w, b in held)
@@ -89,9 +85,7 @@ def test_plans_equal_a_plain_merge(base: Base, runtime: LoraRuntime, mode: str, 
 
 
 @pytest.mark.parametrize(("mode", "plan"), PLANS)
-def test_a_population_scores_as_its_members_do(
-    base: Base, runtime: LoraRuntime, mode: str, plan: str
-) -> None:
+def test_a_population_scores_as_its_members_do(base: Base, runtime: LoraRuntime, mode: str, plan: str) -> None:
     adapters, encoded = adapters_of(base, mode), encode(base)
     together = Population(base, runtime, adapters, encoded, mode=mode, plan=plan).losses(WEIGHTS)
     single = Population(base, runtime, adapters, encoded, mode=mode, plan=plan)
@@ -114,9 +108,7 @@ def test_memory_bounds_the_candidates_of_a_forward(
     assert sizes == [1] * (len(WEIGHTS) - 1), "the bare base was known already"
 
 
-def test_a_candidate_is_scored_once(
-    base: Base, runtime: LoraRuntime, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_candidate_is_scored_once(base: Base, runtime: LoraRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     population = Population(base, runtime, adapters_of(base, "delta"), encode(base), mode="delta")
     first = population.losses(WEIGHTS)
     monkeypatch.setattr(plans, "token_losses", lambda *_: pytest.fail("scored again"))
@@ -125,13 +117,9 @@ def test_a_candidate_is_scored_once(
     np.testing.assert_array_equal(again.tokens[-1], first.tokens[0])
 
 
-def test_merging_leaves_the_base_as_it_was(
-    base: Base, runtime: LoraRuntime, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_merging_leaves_the_base_as_it_was(base: Base, runtime: LoraRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
-    population = Population(
-        base, runtime, adapters_of(base, "delta"), encode(base), mode="delta", plan="merge"
-    )
+    population = Population(base, runtime, adapters_of(base, "delta"), encode(base), mode="delta", plan="merge")
     population.losses(WEIGHTS)
 
     def interrupted(*_: object) -> None:
@@ -145,9 +133,7 @@ def test_merging_leaves_the_base_as_it_was(
     assert all(torch.equal(t, before[n]) for n, t in base.model.state_dict().items())
 
 
-def test_a_composed_candidate_generates_with_what_it_was_scored_with(
-    base: Base, runtime: LoraRuntime
-) -> None:
+def test_a_composed_candidate_generates_with_what_it_was_scored_with(base: Base, runtime: LoraRuntime) -> None:
     encoded = encode(base)
     for mode in ("delta", "factor"):
         population = Population(base, runtime, adapters_of(base, mode), encoded, mode=mode, plan="merge")

@@ -191,15 +191,11 @@ def other_base(base: Base) -> Candidate:
 def other_template(base: Base) -> Candidate:
     adapter = random_adapter(base, 9)
     template = replace(template_of(base), prompt="Q: {input}\nA:")
-    return Candidate(
-        "asked-otherwise", replace(adapter, meta=adapter.meta | {"template": template.to_json()})
-    )
+    return Candidate("asked-otherwise", replace(adapter, meta=adapter.meta | {"template": template.to_json()}))
 
 
 @pytest.mark.parametrize("make", [misfit, not_finite, other_base, other_template])
-def test_a_named_candidate_that_does_not_fit_is_an_error(
-    llama: Base, candidates: list[Candidate], make: Any
-) -> None:
+def test_a_named_candidate_that_does_not_fit_is_an_error(llama: Base, candidates: list[Candidate], make: Any) -> None:
     bad = make(llama)
     with pytest.raises(UsageError, match=bad.name):
         run(llama, [*candidates, bad])

@@ -50,9 +50,7 @@ def test_the_device_through_torch_agrees_with_torch(tmp_path):
     assert found.detail.startswith("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.mark.parametrize(
-    ("version", "ok"), [("2.10.1", False), ("2.11.0+cu130", True), ("3.0", True), (None, False)]
-)
+@pytest.mark.parametrize(("version", "ok"), [("2.10.1", False), ("2.11.0+cu130", True), ("3.0", True), (None, False)])
 def test_torch_versions(version, ok, monkeypatch):
     def give(name):
         if name == "torch" and version:

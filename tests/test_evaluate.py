@@ -73,9 +73,7 @@ def plain_greedy(base: Any, prompt: tuple[int, ...], steps: int) -> list[int]:
 @pytest.mark.parametrize("batch_size", [1, 4, 32])
 def test_generation_is_plain_greedy_decoding_for_any_batch(base, batch_size):
     prompts = random_prompts(11)
-    expected = [
-        base.tokenizer.decode(plain_greedy(base, prompt, 9), skip_special_tokens=True) for prompt in prompts
-    ]
+    expected = [base.tokenizer.decode(plain_greedy(base, prompt, 9), skip_special_tokens=True) for prompt in prompts]
     assert generate(base, prompts, max_new_tokens=9, batch_size=batch_size) == expected
     assert len(set(expected)) > 5
 
@@ -107,9 +105,7 @@ def test_a_models_own_sampling_settings_are_left_out(base, monkeypatch):
 def ranked_examples(count: int) -> list[Ranked]:
     prompts, generator = random_prompts(count, seed=1), np.random.default_rng(2)
     return [
-        Ranked(
-            prompt, tuple((*target, 2) for target in random_prompts(int(generator.integers(1, 6)), seed=i))
-        )
+        Ranked(prompt, tuple((*target, 2) for target in random_prompts(int(generator.integers(1, 6)), seed=i)))
         for i, prompt in enumerate(prompts)
     ]
 
@@ -140,9 +136,7 @@ def with_own_answers(base: Any) -> list[Example]:
 
 def test_losses_are_per_example_means_and_do_not_depend_on_batches(base):
     encoded = [template(base).encode(base.tokenizer, row) for row in ROWS]
-    one_by_one = [
-        float(token_losses(base.model, collate([e], 0, seq2seq=base.seq2seq)).mean()) for e in encoded
-    ]
+    one_by_one = [float(token_losses(base.model, collate([e], 0, seq2seq=base.seq2seq)).mean()) for e in encoded]
     for size in (1, 2, 32):
         assert example_losses(base, encoded, batch_size=size) == pytest.approx(one_by_one, rel=1e-5)
     assert evaluate(base, ROWS, template(base)).loss == pytest.approx(np.mean(one_by_one), rel=1e-5)
@@ -204,9 +198,7 @@ def test_the_group_is_routed_around_everything_and_progress_reaches_the_end(base
     seen = []
     hook = base.model.register_forward_pre_hook(lambda *_: seen.append(runtime.active))
     try:
-        evaluate(
-            base, ROWS, template(base), runtime=runtime, group={"a": 0.5}, progress=lambda *s: steps.append(s)
-        )
+        evaluate(base, ROWS, template(base), runtime=runtime, group={"a": 0.5}, progress=lambda *s: steps.append(s))
     finally:
         hook.remove()
     assert entered == [[{"a": 0.5}]]

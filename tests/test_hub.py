@@ -29,11 +29,7 @@ def shipped(tmp_path, monkeypatch):
     """An index with two starter adapters, in place of the one that ships."""
     folder = tmp_path / "index"
     for i, name in enumerate(("plural", "rhymes")):
-        seal(
-            write_adapter(
-                folder / "starter" / name, 50 + i, meta={"base": BASE, "template": {"kind": "plain"}}
-            )
-        )
+        seal(write_adapter(folder / "starter" / name, 50 + i, meta={"base": BASE, "template": {"kind": "plain"}}))
     (folder / "starter" / "plural" / "card.json").write_text('{"task": "write the plural"}')
     write_adapter(folder / "starter" / "unfinished", 60)
     monkeypatch.setattr("hubkit.index.index_folder", lambda: folder)
@@ -174,9 +170,7 @@ def test_a_damaged_starter_adapter_is_never_loaded_or_pulled(hub, shipped):
 
 def test_every_adapter_that_ships_is_sealed_and_whole():
     index = Index()
-    names = sorted(
-        path.parent.name for path in (index.folder / "starter").glob("*/adapter_model.safetensors")
-    )
+    names = sorted(path.parent.name for path in (index.folder / "starter").glob("*/adapter_model.safetensors"))
     if not names:
         pytest.skip("this checkout has no starter set")
     assert [entry.name for entry in index.entries()] == names
@@ -353,9 +347,7 @@ class HubDouble(BaseHTTPRequestHandler):
         elif path.startswith("/someone/lora/resolve/"):
             name = path.rsplit("/", 1)[1]
             etag = f"{sorted(os.listdir(self.folder)).index(name):040x}"
-            self.answer(
-                (self.folder / name).read_bytes(), {"ETag": f'"{etag}"', "X-Repo-Commit": self.commit}
-            )
+            self.answer((self.folder / name).read_bytes(), {"ETag": f'"{etag}"', "X-Repo-Commit": self.commit})
         else:
             self.answer(b"{}", {"X-Error-Code": "RepoNotFound"}, status=404)
 

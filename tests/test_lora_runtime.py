@@ -50,9 +50,7 @@ def adapter(model: Any, rank: int, *, seed: int, only: str = "") -> Adapter:
 
     modules = {path: m for path, m in linears(model).items() if path.endswith(only)}
     branches = {
-        path: LowRank(
-            random(rank, m.in_features), random(m.out_features, rank), alpha=16.0, rslora=seed % 2 == 1
-        )
+        path: LowRank(random(rank, m.in_features), random(m.out_features, rank), alpha=16.0, rslora=seed % 2 == 1)
         for path, m in modules.items()
     }
     return Adapter.new(
@@ -154,8 +152,7 @@ def test_generate_equals_each_merged_model(model: Any) -> None:
     given = {name: tensor for name, tensor in inputs(model, len(GROUPS)).items() if "decoder" not in name}
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     expected = [
-        merged(model, adapters, group).generate(**pick(given, row), **options)
-        for row, group in enumerate(GROUPS)
+        merged(model, adapters, group).generate(**pick(given, row), **options) for row, group in enumerate(GROUPS)
     ]
     with loaded(model, adapters).use(GROUPS):
         produced = model.generate(**given, **options)
@@ -286,6 +283,27 @@ def test_an_input_changed_in_place_is_not_mistaken_for_the_same() -> None:
             torch.testing.assert_close(model(x.clone()), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_linear_may_read_the_same_input_twice() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q = nn.Linear(6, 6, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.q(x) + self.q(x)
+
+    model = Twice()
+    branch = LowRank(torch.randn(2, 6), torch.randn(6, 2), alpha=2.0)
+    runtime = LoraRuntime(model)
+    runtime.add("a", Adapter({"q": branch}, {}, {}, {}))
+    x = torch.randn(3, 1, 6)
+    expected = 2 * x @ (model.q.weight + branch.B @ branch.A).T
+    with runtime.use([{"a": 1.0}]):
+        for _ in range(3):
+            torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+    assert model.q.followers == []
+
+
 def test_inference_mode_gives_the_same() -> None:
     model = tiny_models.llama()
     given = inputs(model, 2)
@@ -341,9 +359,7 @@ def test_targets_limit_what_adapters_touch() -> None:
 
 def test_other_modules_than_plain_linears_are_refused() -> None:
     model = tiny_models.gpt2()
-    bad = Adapter(
-        {"transformer.h.0.attn.c_attn": LowRank(torch.ones(1, 32), torch.ones(96, 1), 1.0)}, {}, {}, {}
-    )
+    bad = Adapter({"transformer.h.0.attn.c_attn": LowRank(torch.ones(1, 32), torch.ones(96, 1), 1.0)}, {}, {}, {})
     with pytest.raises(UsageError, match="Conv1D"):
         LoraRuntime(model).add("bad", bad)
 

@@ -15,8 +15,8 @@ from torch.nn.functional import linear
 from hubkit import ops
 from hubkit.ops import cpu, naive
 
-# against fp64, relative to the largest output: fp32 sums in another order; bf16 and fp16 round the shrunk rows
-# once and the output twice (base, then base + delta)
+# relative to the largest output: fp32 sums in another order; bf16 and fp16 round the shrunk rows once and the
+# output twice (base, then base + delta)
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-6, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
 
 
@@ -81,9 +81,7 @@ def build(
 def error(y: Tensor, reference: Tensor) -> float:
     if reference.numel() == 0:
         return 0.0
-    return float(
-        (y.double() - reference.double()).abs().max() / reference.double().abs().max().clamp_min(1e-6)
-    )
+    return float((y.double() - reference.double()).abs().max() / reference.double().abs().max().clamp_min(1e-6))
 
 
 RANKS = [1, 4, 8, 16, 33, 64]
@@ -159,9 +157,7 @@ def test_any_shape(data: st.DataObject) -> None:
     ranks = data.draw(st.lists(st.sampled_from([1, 2, 5, 8, 16, 33]), max_size=5))
     batch = data.draw(st.integers(1, 6))
     length = data.draw(st.sampled_from([None, 1, 16, 64]))
-    tokens = (
-        [length] * batch if length else data.draw(st.lists(st.integers(0, 9), min_size=batch, max_size=batch))
-    )
+    tokens = [length] * batch if length else data.draw(st.lists(st.integers(0, 9), min_size=batch, max_size=batch))
     adapters = st.sets(st.integers(0, len(ranks) - 1)) if ranks else st.just(set())
     case = build(
         tokens=tokens,
@@ -229,9 +225,7 @@ def test_strided_inputs(implementation: str, monkeypatch: pytest.MonkeyPatch) ->
         y = ops.multilora_linear(strided, *case.arguments[1:])  # type: ignore[arg-type]
         assert error(y, expected) < TOLERANCE[torch.float32]
     plan = ops.plan([(ops.route(case.C, case.group), case.A, case.Bt)])
-    sliced = case.x.view(5, 16, 24).repeat(1, 2, 1)[
-        :, 16:
-    ]  # [batch, tokens, K], as a model's last positions are
+    sliced = case.x.view(5, 16, 24).repeat(1, 2, 1)[:, 16:]  # [batch, tokens, K], as a model's last positions are
     (y,) = plan(sliced, [(case.weight, case.bias)])
     assert error(y.reshape(80, -1), expected) < TOLERANCE[torch.float32]
 

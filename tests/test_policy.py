@@ -180,10 +180,7 @@ def test_rank_patterns_are_honoured_and_regexes_in_them_refused(tmp_path):
         f"{LAYER}.k_proj.lora_A.weight": np.ones((5, 8), np.float32),
         f"{LAYER}.k_proj.lora_B.weight": np.ones((8, 5), np.float32),
     }
-    assert (
-        check_adapter_folder(write_adapter(tmp_path / "a", tensors=wide, rank_pattern={"k_proj": 5}))["rank"]
-        == 5
-    )
+    assert check_adapter_folder(write_adapter(tmp_path / "a", tensors=wide, rank_pattern={"k_proj": 5}))["rank"] == 5
     assert refused(write_adapter(tmp_path / "b", tensors=wide, rank_pattern={"(k+)+_proj": 5})) == "regex"
 
 

@@ -111,9 +111,7 @@ def _increment(home: Path, rounds: int) -> None:
             held = refs.read("counter")
             number = int(held.digest.removeprefix("sha256:"), 16) if held else 0
             try:
-                refs.swap(
-                    "counter", "latest", held and held.digest, Ref("counter", "latest", count(number + 1))
-                )
+                refs.swap("counter", "latest", held and held.digest, Ref("counter", "latest", count(number + 1)))
                 break
             except ConflictError:
                 continue
@@ -139,9 +137,7 @@ def test_names_with_owners_do_not_collide_with_tags(tmp_path):
     assert refs.read("a/b").digest == count(3)
 
 
-@pytest.mark.parametrize(
-    "name", ["../x", "a/b/c", "/a", "a/", "A b", "é", "a..b", "", ".a", "-a", "base", "a\n"]
-)
+@pytest.mark.parametrize("name", ["../x", "a/b/c", "/a", "a/", "A b", "é", "a..b", "", ".a", "-a", "base", "a\n"])
 def test_names_that_are_no_names_never_reach_the_disk(tmp_path, name):
     refs = Store(tmp_path / "home").refs
     for use in (lambda: refs.move(Ref(name, "latest", count(1))), lambda: refs.read(name)):
@@ -269,9 +265,7 @@ def test_gc_never_robs_a_writer(tmp_path):
     for i in range(3):
         write_adapter(tmp_path / "source" / str(i), i)
     context = multiprocessing.get_context("fork")
-    writers = [
-        context.Process(target=_add_many, args=(tmp_path / "home", tmp_path / "source", n)) for n in range(3)
-    ]
+    writers = [context.Process(target=_add_many, args=(tmp_path / "home", tmp_path / "source", n)) for n in range(3)]
     for writer in writers:
         writer.start()
     hub = Hub(tmp_path / "home")

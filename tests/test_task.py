@@ -23,15 +23,11 @@ def write(tmp_path):
 
 
 def test_reads_rows_in_order(write):
-    path = write(
-        '{"input": "a", "output": "b", "split": "x"}\n\n{"input": "", "output": "y", "choices": ["x", "y"]}'
-    )
+    path = write('{"input": "a", "output": "b", "split": "x"}\n\n{"input": "", "output": "y", "choices": ["x", "y"]}')
     assert load_task(path) == [Example("a", "b"), Example("", "y", ("x", "y"))]
 
 
-@pytest.mark.parametrize(
-    "text", [b'\xef\xbb\xbf{"input": "a", "output": "b"}', '{"input": "a", "output": "b"}\r\n']
-)
+@pytest.mark.parametrize("text", [b'\xef\xbb\xbf{"input": "a", "output": "b"}', '{"input": "a", "output": "b"}\r\n'])
 def test_takes_what_editors_make_of_it(write, text):
     assert load_task(write(text)) == [Example("a", "b")]
 

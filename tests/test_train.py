@@ -86,9 +86,7 @@ def full_loss(model: Any, run: Run, indices: list[int]) -> torch.Tensor:
         mask = [[1] * len(e.prompt) + [0] * (width - len(e.prompt)) for e in chosen]
     else:
         spare = [width - len(e.prompt) - len(e.target) for e in chosen]
-        labels = [
-            [-100] * len(e.prompt) + [*e.target] + [-100] * s for e, s in zip(chosen, spare, strict=True)
-        ]
+        labels = [[-100] * len(e.prompt) + [*e.target] + [-100] * s for e, s in zip(chosen, spare, strict=True)]
         ids = [[*e.prompt, *e.target, *[0] * s] for e, s in zip(chosen, spare, strict=True)]
         mask = [[1] * (width - s) + [0] * s for s in spare]
     inputs = {
@@ -114,9 +112,7 @@ def test_gradients_of_one_step_equal_pefts(case: str) -> None:
     kind, recipe = CASES[case]
     run = start(tiny(kind), recipe)
     with torch.no_grad():
-        run.method.states += 0.1 * torch.randn(
-            run.method.states.shape, generator=torch.Generator().manual_seed(3)
-        )
+        run.method.states += 0.1 * torch.randn(run.method.states.shape, generator=torch.Generator().manual_seed(3))
     twin = peft_twin(run, kind)
     indices = run.plan.step(0)
     full_loss(twin, run, indices).backward()
@@ -128,8 +124,9 @@ def test_gradients_of_one_step_equal_pefts(case: str) -> None:
         run.method.states.copy_(captured["gradient"])  # so that branches() names the parts of the gradient
     for path, gradient in run.method.branches(torch.float32).items():
         module = twin.get_submodule(f"base_model.model.{path}")
-        torch.testing.assert_close(gradient.A, module.lora_A["default"].weight.grad, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(gradient.B, module.lora_B["default"].weight.grad, rtol=1e-4, atol=1e-5)
+        for ours, layer in ((gradient.A, module.lora_A), (gradient.B, module.lora_B)):
+            theirs = layer["default"].weight.grad
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3 * float(theirs.abs().max()))
 
 
 @pytest.mark.parametrize("case", ["llama-all", "llama-rslora", "t5-qv"])
@@ -183,12 +180,13 @@ def test_several_files_are_mixed() -> None:
     parts, joined = (train(tiny(), data, QUICK) for data in ([EXAMPLES[:9], EXAMPLES[9:]], [EXAMPLES]))
     assert parts.curve == joined.curve
     assert parts.examples == len(EXAMPLES)
+    assert parts.left_out == 0
+    short = train(tiny(), [EXAMPLES], replace(QUICK, steps=1, max_length=22))
+    assert 0 < short.left_out == len(EXAMPLES) - short.examples
 
 
 def test_early_stop_keeps_the_best_states() -> None:
-    recipe = replace(
-        QUICK, steps=200, lr=0.05, validation=0.3, evaluate_every=5, schedule="constant", clip=10.0
-    )
+    recipe = replace(QUICK, steps=200, lr=0.05, validation=0.3, evaluate_every=5, schedule="constant", clip=10.0)
     run = start(tiny(), recipe)
     with frozen(run.base.model):
         run.loop(None, None)
@@ -230,9 +228,7 @@ def test_a_run_killed_with_sigkill_resumes_to_bit_equal_losses(tmp_path: Path) -
     torch.set_num_threads(1)
     try:
         steps: list[int] = []
-        resumed = train(
-            tiny(), [EXAMPLES], LONG, workdir=tmp_path, progress=lambda now: steps.append(now.step)
-        )
+        resumed = train(tiny(), [EXAMPLES], LONG, workdir=tmp_path, progress=lambda now: steps.append(now.step))
         whole = train(tiny(), [EXAMPLES], LONG)
     finally:
         torch.set_num_threads(threads)
@@ -249,9 +245,7 @@ def test_a_complete_run_gives_its_result_again_and_can_be_started_over(tmp_path:
     again = train(tiny(), [EXAMPLES], QUICK, workdir=tmp_path, progress=lambda now: ticks.append(now.step))
     assert not ticks
     assert again.curve == first.curve
-    train(
-        tiny(), [EXAMPLES], QUICK, workdir=tmp_path, resume=False, progress=lambda now: ticks.append(now.step)
-    )
+    train(tiny(), [EXAMPLES], QUICK, workdir=tmp_path, resume=False, progress=lambda now: ticks.append(now.step))
     assert len(ticks) == QUICK.steps
 
 
@@ -422,9 +416,7 @@ def test_a_model_that_mixes_positions_outside_attention_is_not_packed() -> None:
 
 def test_siblings_are_the_linears_with_one_input() -> None:
     llama, t5 = tiny_bases.llama(), tiny_bases.t5()
-    last = [
-        [path.rsplit(".", 1)[-1] for path in group] for group in siblings(llama, targeted(llama, ALL_LINEAR))
-    ]
+    last = [[path.rsplit(".", 1)[-1] for path in group] for group in siblings(llama, targeted(llama, ALL_LINEAR))]
     assert last == 2 * [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
     groups = [list(group) for group in siblings(t5, targeted(t5, ("q", "k", "v")))]
     cross = [group for group in groups if "EncDecAttention" in group[0]]
@@ -432,9 +424,7 @@ def test_siblings_are_the_linears_with_one_input() -> None:
 
 
 def _random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(
-        *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
-    ).requires_grad_()
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
 
 
 def test_the_autograd_functions_are_right() -> None:

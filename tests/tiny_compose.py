@@ -48,9 +48,7 @@ def template_of(base: Base) -> Template:
 def make_adapter(base: Base, branches: dict[str, LowRank], **meta: Any) -> Adapter:
     stated = {"base": {"name": "tiny", "architecture": ARCHITECTURE}, "template": template_of(base).to_json()}
     kind = "SEQ_2_SEQ_LM" if base.seq2seq else "CAUSAL_LM"
-    return Adapter.new(
-        branches, base_name="tiny", task_type=kind, target_modules=list(branches), meta=stated | meta
-    )
+    return Adapter.new(branches, base_name="tiny", task_type=kind, target_modules=list(branches), meta=stated | meta)
 
 
 def targets(base: Base) -> dict[str, nn.Linear]:
@@ -71,9 +69,7 @@ def random_adapter(base: Base, seed: int, rank: int = 2, alpha: float = 4.0) -> 
 def skilled_adapter(base: Base, task: list[Example], steps: int = 30, rank: int = 2) -> Adapter:
     """A LoRA trained on `task` for a few steps of Adam."""
     start = random_adapter(base, 77, rank, alpha=float(rank))
-    factors = {
-        path: (b.A.requires_grad_(), b.B.zero_().requires_grad_()) for path, b in start.branches.items()
-    }
+    factors = {path: (b.A.requires_grad_(), b.B.zero_().requires_grad_()) for path, b in start.branches.items()}
     encoded = [template_of(base).encode(base.tokenizer, example) for example in task]
     batch = collate(encoded, base.pad_id, seq2seq=base.seq2seq)
 

@@ -53,9 +53,7 @@ def t5() -> Any:
 
 def gpt2() -> Any:
     torch.manual_seed(0)
-    return GPT2LMHeadModel(
-        GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=32)
-    ).eval()
+    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=32)).eval()
 
 
 MODELS = {

@@ -28,9 +28,7 @@ def random_pool(adapters: dict[str, Adapter], seed: int) -> dict[str, Adapter]:
         return replace(branch, A=noise(branch.A), B=noise(branch.B))
 
     return {
-        name: replace(
-            adapter, branches={path: scrambled(branch) for path, branch in adapter.branches.items()}
-        )
+        name: replace(adapter, branches={path: scrambled(branch) for path, branch in adapter.branches.items()})
         for name, adapter in adapters.items()
     }
 

@@ -42,9 +42,7 @@ def screen_refine(brief: Brief) -> Search:
     if not left:
         return start
     workers = 4 + int(3 * np.log(brief.count))  # CMA's own population
-    with Optimizer(
-        brief.optimizer, start, budget=left, seed=brief.seed, workers=workers, sigma=SIGMA
-    ) as optimizer:
+    with Optimizer(brief.optimizer, start, budget=left, seed=brief.seed, workers=workers, sigma=SIGMA) as optimizer:
         found = start
         while optimizer.remaining:
             asked = optimizer.ask()

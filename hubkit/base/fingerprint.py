@@ -117,9 +117,7 @@ def _vocabulary(folder: Path, size: int) -> dict[str, Any]:
     # a unigram model lists [piece, score]; the place in the list is the id
     ids = dict(vocab) if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
     ids.update((token["content"], token["id"]) for token in data.get("added_tokens", ()))
-    merges = [
-        merge.split(" ") if isinstance(merge, str) else merge for merge in data["model"].get("merges", ())
-    ]
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in data["model"].get("merges", ())]
     return {"vocab": sorted((i, token) for token, i in ids.items() if i < size), "merges": merges}
 
 
@@ -178,9 +176,7 @@ def check_fits(adapter_base: Mapping[str, Any] | None, fingerprint: Fingerprint,
     if "architecture" not in theirs:
         if "name" in theirs and same_model(theirs["name"], name):
             return []
-        return [
-            f"The adapter was made for {made_for} and has no fingerprint: only its shapes can be checked."
-        ]
+        return [f"The adapter was made for {made_for} and has no fingerprint: only its shapes can be checked."]
     if theirs["architecture"] != fingerprint.architecture:
         raise UsageError(
             f"The adapter was made for {made_for} (architecture {_short(theirs['architecture'])}), "

@@ -74,9 +74,7 @@ def file_digest(path: Path) -> str:
     """ "sha256:..." of a GGUF file."""
     with path.open("rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
-            raise UsageError(
-                f"{path} is not a GGUF file.", "Give a folder, a GGUF file, an alias or a Hub id."
-            )
+            raise UsageError(f"{path} is not a GGUF file.", "Give a folder, a GGUF file, an alias or a Hub id.")
         file.seek(0)
         return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -93,9 +91,7 @@ def _write(path: Path, folder: Path) -> None:
                 **place, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
             )
     except Exception as error:  # of a damaged file the parsers raise all kinds, bare Exception among them
-        raise UsageError(
-            f"{path} can't be read as a causal model: {error}.", "Give its safetensors."
-        ) from error
+        raise UsageError(f"{path} can't be read as a causal model: {error}.", "Give its safetensors.") from error
     if _pre_tokenizer(path) in SINGLE_DIGITS:
         _split_digits(tokenizer)
     # the weights are plain bf16 now: a quantised config would send the next load down the GGUF path again

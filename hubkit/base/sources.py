@@ -81,21 +81,15 @@ def _resolve_alias(name: str, home: Path) -> Resolved:
     tried = ", ".join(
         f"{spec['kind']} {spec.get('package') or spec.get('id') or ''}".strip() for spec in card["sources"]
     )
-    raise NotFoundError(
-        f"None of the sources of the base {name} has it (tried: {tried}).", card.get("remedy", "")
-    )
+    raise NotFoundError(f"None of the sources of the base {name} has it (tried: {tried}).", card.get("remedy", ""))
 
 
 def _remedy(text: str) -> str:
-    same = [
-        name for name, card in aliases().items() if text in (card.get("reference"), *card.get("names", ()))
-    ]
+    same = [name for name, card in aliases().items() if text in (card.get("reference"), *card.get("names", ()))]
     if same:
         return f"The Hub can't be reached or lacks it; --base {same[0]} is the same model, without the Hub."
     known = ", ".join(sorted(aliases()))
-    return (
-        f"Give an alias ({known}), a folder, a GGUF file, or a Hub id that this machine has or can download."
-    )
+    return f"Give an alias ({known}), a folder, a GGUF file, or a Hub id that this machine has or can download."
 
 
 @cache
@@ -164,9 +158,7 @@ def from_hub(spec: Mapping[str, Any], home: Path) -> Path | None:
 def package_file(spec: Mapping[str, Any]) -> Path | None:
     """`spec["file"]` inside the installed package `spec["package"]`, which is never imported."""
     found = importlib.util.find_spec(spec["package"])
-    paths = (
-        [Path(place) / spec["file"] for place in (found.submodule_search_locations or ())] if found else []
-    )
+    paths = [Path(place) / spec["file"] for place in (found.submodule_search_locations or ())] if found else []
     return next((path for path in paths if path.is_file()), None)
 
 

@@ -72,7 +72,7 @@ def main() -> None:
 
 def _fail(cause: str, remedy: str, code: int) -> None:
     if os.environ.get("HUBKIT_DEBUG") == "1":
-        raise  # noqa: PLE0704 - called from an except block
+        raise
     from hubkit.policy import escape
 
     print(f"error: {escape(cause)}", file=sys.stderr)

@@ -9,7 +9,10 @@ import typer
 
 from hubkit.cli.output import Format, FormatOption, Output, table
 
-EPILOG = "Examples:  hubkit eval plural --data test.jsonl   |   hubkit eval '0.7*a+0.3*b' --data t.jsonl   |   hubkit eval base ..."
+EPILOG = (
+    "Examples:  hubkit eval plural --data test.jsonl   |   hubkit eval '0.7*a+0.3*b' --data test.jsonl   |   "
+    "hubkit eval base --data test.jsonl"
+)
 
 
 def register(app: typer.Typer) -> None:

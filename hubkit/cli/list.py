@@ -26,24 +26,13 @@ def list_entries(
     from hubkit.hub import Hub
 
     entries = [e for e in Hub().entries() if kind in (None, e.kind) and base in (None, e.base)][:limit]
-    rows = [
-        {
-            "name": e.name if e.tag == "latest" else f"{e.name}:{e.tag}",
-            "kind": e.kind,
-            "base": e.base,
-            "rank": e.rank,
-            "digest": e.digest,
-            "size": e.size,
-            "source": e.source,
-        }
-        for e in entries
-    ]
+    fields = ("kind", "base", "rank", "digest", "size", "source")
+    rows = [{"name": e.label, **{field: getattr(e, field) for field in fields}} for e in entries]
 
     def human() -> None:
         cells = [
-            (r["name"], r["kind"], r["base"] or "-", r["rank"], megabytes(r["size"]), short(r["digest"]), r["source"])
-            for r in rows
+            (e.label, e.kind, e.base or "-", e.rank, megabytes(e.size), short(e.digest), e.source) for e in entries
         ]
         table(("name", "kind", "base", "rank", "size", "digest", "from"), cells, right="rank size")
 
-    Output(format).result({"entries": rows}, human, "\n".join(r["name"] for r in rows))
+    Output(format).result({"entries": rows}, human, "\n".join(e.label for e in entries))

@@ -8,7 +8,9 @@ import typer
 
 from hubkit.cli.output import Format, FormatOption, Output
 
-EPILOG = "Examples:  hubkit pull hf://owner/name@main   |   hubkit pull ./folder --name mine   |   hubkit pull index:plural"
+EPILOG = (
+    "Examples:  hubkit pull hf://owner/name@main   |   hubkit pull ./folder --name mine   |   hubkit pull index:plural"
+)
 
 
 def register(app: typer.Typer) -> None:

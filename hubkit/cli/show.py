@@ -23,8 +23,10 @@ def show(
     """Show one entry: its files, base, template, recipe and metrics, or a mixture's parts and weights."""
     from hubkit.hub import Hub
 
-    entry = Hub().entry(name)
+    hub = Hub()
+    entry = hub.entry(name)
     manifest = entry.manifest
+    card = hub.index.card(entry.name) if entry.source == "index" else None
     data = {
         "name": entry.name,
         "tag": entry.tag,
@@ -35,12 +37,13 @@ def show(
         "size": entry.size,
         "source": entry.source,
         "manifest": manifest,
+        "card": card,
     }
 
     def human() -> None:
-        facts = [("name", f"{entry.name}:{entry.tag}"), ("kind", entry.kind), ("base", entry.base or "-")]
-        facts += [("rank", entry.rank), ("size", megabytes(entry.size)), ("digest", entry.digest)]
-        facts += [("from", entry.source)]
+        facts = [("name", entry.label), ("kind", entry.kind), ("base", entry.base or "-")]
+        facts += [("rank", str(entry.rank)), ("size", megabytes(entry.size)), ("digest", entry.digest)]
+        facts += [("from", entry.source), *_card_facts(card or {})]
         facts += [(key, _line(value)) for key, value in (manifest.get("meta") or {}).items()]
         table(("fact", "value"), facts)
         if manifest.get("parts"):
@@ -55,7 +58,17 @@ def show(
     Output(format).result(data, human, entry.digest)
 
 
+def _card_facts(card: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the index says of a starter adapter: its task, its data and how well it does."""
+    if not card:
+        return []
+    low, high = card["interval"]
+    score = f"{card['score']:.2f} ({low:.2f} to {high:.2f}) on {card['test_rows']} rows, base {card['base_score']:.2f}"
+    data = "; ".join(f"{source['name']}, {source['source']}, {source['licence']}" for source in card["data"])
+    return [("task", card["task"]), (card["metric"], f"{score}, majority {card['majority']:.2f}"), ("data", data)]
+
+
 def _line(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={json.dumps(inner, ensure_ascii=False)}" for key, inner in value.items())
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -34,7 +34,9 @@ def train(
     validation: Annotated[float | None, typer.Option(help="share held out for early stopping")] = None,
     template: Annotated[str | None, typer.Option(help="prompt template: plain, chat or seq2seq")] = None,
     seed: Annotated[int | None, typer.Option(help="seed of everything random (default 42)")] = None,
-    work: Annotated[Path | None, typer.Option(help="folder for checkpoints; a run that was cut goes on from it")] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="folder for checkpoints; a run that was cut goes on from it")
+    ] = None,
     format: FormatOption = Format.human,
 ) -> None:
     """Train an adapter on task files and put it into the store."""

@@ -24,7 +24,10 @@ def verify(format: FormatOption = Format.human) -> None:
 
     def human() -> None:
         if report.problems:
-            table(("problem", "object", "digest", "entries"), [(p.kind, p.what, p.digest, " ".join(p.entries)) for p in report.problems])
+            table(
+                ("problem", "object", "digest", "entries"),
+                [(p.kind, p.what, p.digest, " ".join(p.entries)) for p in report.problems],
+            )
         print(f"{report.checked} objects checked, {len(report.problems)} damaged")
 
     out.result(report.to_json(), human)

@@ -88,9 +88,7 @@ def _one_adapter(
     parts = [(source, 1.0)] if isinstance(source, Adapter) else list(source)
     if len(parts) == 1 and parts[0][1] == 1.0 and rank is None:
         return parts[0][0], 0.0
-    return materialise(
-        [adapter for adapter, _ in parts], [w for _, w in parts], mode=mode, rank=rank, dtype=dtype
-    )
+    return materialise([adapter for adapter, _ in parts], [w for _, w in parts], mode=mode, rank=rank, dtype=dtype)
 
 
 @contextmanager

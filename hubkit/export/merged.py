@@ -84,9 +84,7 @@ def merge_state(model: nn.Module, adapter: Adapter, compute: torch.dtype = torch
     for module, branch in adapter.branches.items():
         key = f"{module}.weight"
         if key not in merge.state:
-            raise UsageError(
-                f"The base has no module {module}.", "Choose the base that the adapter was made for."
-            )
+            raise UsageError(f"The base has no module {module}.", "Choose the base that the adapter was made for.")
         weight = merge.state[key]
         columns = branch.embedding or isinstance(model.get_submodule(module), Conv1D)
         exact = merged_weight(weight, branch, columns, torch.float64)

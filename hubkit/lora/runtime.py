@@ -54,9 +54,7 @@ class LoraRuntime:
         """
         self._refuse_in_use("add")
         if key in self._adapters:
-            raise UsageError(
-                f"An adapter is already loaded as {key!r}.", "Remove it first, or choose another key."
-            )
+            raise UsageError(f"An adapter is already loaded as {key!r}.", "Remove it first, or choose another key.")
         self._check(key, adapter)
         for path, branch in adapter.branches.items():
             if path not in self._linears:
@@ -82,9 +80,7 @@ class LoraRuntime:
         return {path: self._linears[path].arena.factors(key) for path in self._adapters[key]}
 
     @contextmanager
-    def use(
-        self, groups: Sequence[Mapping[str, float]], rows: Sequence[int] | Tensor | None = None
-    ) -> Iterator[None]:
+    def use(self, groups: Sequence[Mapping[str, float]], rows: Sequence[int] | Tensor | None = None) -> Iterator[None]:
         """Within the block, batch row b computes the base plus `sum(w * delta(key))` over `groups[rows[b]]`.
 
         rows: the group of each batch row; None gives row b group b, or, with a single group, every row that
@@ -113,9 +109,7 @@ class LoraRuntime:
             for key, weight in group.items():
                 self._require(key)
                 if not math.isfinite(weight):
-                    raise UsageError(
-                        f"The weight of {key!r} is {weight}.", "Weights have to be finite numbers."
-                    )
+                    raise UsageError(f"The weight of {key!r} is {weight}.", "Weights have to be finite numbers.")
         if rows is None:
             index = None if len(groups) == 1 else torch.arange(len(groups))
         else:
@@ -160,9 +154,7 @@ class LoraRuntime:
                 "Use the base model that the adapter was trained on.",
             )
         if not (branch.A.isfinite().all() and branch.B.isfinite().all() and math.isfinite(branch.scale)):
-            raise UsageError(
-                f"Adapter {key!r} holds NaN or infinity on {path!r}.", "Train or download it again."
-            )
+            raise UsageError(f"Adapter {key!r} holds NaN or infinity on {path!r}.", "Train or download it again.")
 
     def _find(self, key: str, path: str) -> nn.Linear:
         """The model's own linear at a path that no adapter has touched yet."""
@@ -188,9 +180,7 @@ class LoraRuntime:
 
     def _allowed(self, path: str, module: nn.Module) -> bool:
         if self.targets is None:
-            head = (
-                self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
-            )
+            head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
             return module is not head
         return any(path == target or path.endswith("." + target) for target in self.targets)
 

@@ -30,9 +30,7 @@ def open_repository(locator: str) -> FolderSource:
     """
     match = LOCATOR.fullmatch(locator)
     if not match:
-        raise UsageError(
-            f"hf:{escape(locator)} names no repository.", "Write hf://owner/name[@revision][/subfolder]."
-        )
+        raise UsageError(f"hf:{escape(locator)} names no repository.", "Write hf://owner/name[@revision][/subfolder].")
     repo, subfolder = match["repo"], match["subfolder"]
     revision = unquote(match["revision"]) if match["revision"] else None
     prefix = f"{glob.escape(subfolder)}/" if subfolder else ""
@@ -51,13 +49,9 @@ def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
     try:
         return Path(hub.snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except errors.GatedRepoError:
-        raise NotFoundError(
-            f"{what} is gated.", "Ask for access on its page, then `hf auth login`."
-        ) from None
+        raise NotFoundError(f"{what} is gated.", "Ask for access on its page, then `hf auth login`.") from None
     except errors.RepositoryNotFoundError:
-        raise NotFoundError(
-            f"There is no {what}.", "Check its name; a private one needs `hf auth login`."
-        ) from None
+        raise NotFoundError(f"There is no {what}.", "Check its name; a private one needs `hf auth login`.") from None
     except errors.RevisionNotFoundError:
         raise NotFoundError(f"There is no revision {what}.", "Check the branch, tag or commit.") from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
@@ -68,6 +62,4 @@ def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
     except errors.HFValidationError:
         raise UsageError(f"{what} is no name of a repository.", "Write hf://owner/name.") from None
     except errors.HfHubHTTPError as error:
-        raise HubkitError(
-            f"The Hub refused {what}: {escape(str(error))[:200]}.", "Try again later."
-        ) from None
+        raise HubkitError(f"The Hub refused {what}: {escape(str(error))[:200]}.", "Try again later.") from None

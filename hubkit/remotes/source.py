@@ -75,7 +75,5 @@ def _opener(scheme: str) -> Opener:
             point.load()
     if scheme not in _openers:
         known = ", ".join(sorted({*BUILT_IN, *_openers, *entry_points(group=GROUP).names}))
-        raise UsageError(
-            f"There is no remote for {escape(scheme)}:.", f"Known are {known}, and plain folders."
-        )
+        raise UsageError(f"There is no remote for {escape(scheme)}:.", f"Known are {known}, and plain folders.")
     return _openers[scheme]

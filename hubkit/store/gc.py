@@ -46,9 +46,7 @@ def collect(store: Store, grace: float = GRACE, *, dry_run: bool = False, wait: 
         return Collected((), 0, dry_run)
     with store.alone(wait):
         dead = _unneeded(store, time.time() - grace)
-        report = Collected(
-            tuple(str(path.relative_to(store.home)) for path in dead), sum(map(_size, dead)), dry_run
-        )
+        report = Collected(tuple(str(path.relative_to(store.home)) for path in dead), sum(map(_size, dead)), dry_run)
         if not dry_run:
             for path in dead:
                 _remove(path)
@@ -76,9 +74,7 @@ def _needed(store: Store, since: float) -> tuple[set[str], set[str]]:
             try:
                 _mark(store, digest, manifests, blobs)
             except (IntegrityError, NotFoundError):
-                manifests.add(
-                    digest
-                )  # fresh, unreferenced and damaged: nothing rests on it, its time will come
+                manifests.add(digest)  # fresh, unreferenced and damaged: nothing rests on it, its time will come
     return manifests, blobs
 
 

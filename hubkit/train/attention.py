@@ -22,13 +22,8 @@ from transformers.masking_utils import sdpa_mask
 from hubkit.train.packing import Packing, current
 
 NAME = "hubkit_causal"
-OTHERWISE = (
-    "position_bias",
-    "softcap",
-    "sliding_window",
-    "s_aux",
-    "cache",
-)  # what plain causal attention has not
+# options that plain causal attention has not
+OTHERWISE = ("position_bias", "softcap", "sliding_window", "s_aux", "cache")
 LONGEST = 192  # tokens; from here on flash attention is as fast, and saves the [T, T] probabilities
 
 
@@ -91,11 +86,10 @@ def attend(
     """
     length, packing = query.shape[2], current()
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    plain = (
-        attention_mask is None and not dropout and not any(rest.get(name) is not None for name in OTHERWISE)
-    )
+    special = dropout or any(rest.get(name) is not None for name in OTHERWISE)
+    plain = causal and attention_mask is None and not special
     longest = packing.longest if packing else length
-    if causal and plain and length == key.shape[2] and longest <= LONGEST and query.device.type == "cpu":
+    if plain and length == key.shape[2] and longest <= LONGEST and query.device.type == "cpu":
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return CausalAttention.apply(query, key, value, scale, packing).transpose(1, 2), None
     if packing:

@@ -62,9 +62,7 @@ def load(workdir: Path, digest: str) -> dict[str, Any] | None:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = state["digest"]
     except Exception as error:
-        raise IntegrityError(
-            f"The checkpoint {path} can't be read: {error}.", "Delete it and start over."
-        ) from error
+        raise IntegrityError(f"The checkpoint {path} can't be read: {error}.", "Delete it and start over.") from error
     if found != digest:
         raise UsageError(
             f"The checkpoint {path} is of another run (recipe, seed, base or data differ).",

@@ -20,9 +20,7 @@ from hubkit.task import Example
 POOL = 32
 
 
-def encode_all(
-    examples: Sequence[Example], template: Template, tokenizer: Any, max_length: int
-) -> list[Encoded]:
+def encode_all(examples: Sequence[Example], template: Template, tokenizer: Any, max_length: int) -> list[Encoded]:
     """Token ids of all examples; those of more than `max_length` tokens are left out.
 
     Raises:

@@ -68,9 +68,7 @@ class Recipe:
             _check(name, getattr(self, name), _is_number(getattr(self, name)), at_least=0)
         for name in ("dropout", "validation"):
             if getattr(self, name) >= 1:
-                raise UsageError(
-                    f"A recipe's {name} of {getattr(self, name)} leaves nothing.", "Give a share < 1."
-                )
+                raise UsageError(f"A recipe's {name} of {getattr(self, name)} leaves nothing.", "Give a share < 1.")
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("dtype", self.dtype, DTYPES)
         if self.accumulation > self.batch:
@@ -148,9 +146,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check(
-    name: str, value: Any, typed: bool, *, at_least: float | None = None, above: float | None = None
-) -> None:
+def _check(name: str, value: Any, typed: bool, *, at_least: float | None = None, above: float | None = None) -> None:
     if not typed or (at_least is not None and value < at_least) or (above is not None and value <= above):
         bound = f"at least {at_least:g}" if at_least is not None else f"above {above:g}"
         raise UsageError(f"A recipe's {name} can't be {value!r}.", f"Give a number that is {bound}.")

@@ -21,9 +21,7 @@ def targeted(model: Any, targets: tuple[str, ...]) -> Linears:
     """
     head = model.get_output_embeddings()
     linears = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
+        path: module for path, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
     }
     if not linears:
         raise UsageError("The base has no linear modules that could be adapted.", "Use another base.")

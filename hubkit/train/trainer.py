@@ -60,6 +60,7 @@ class TrainResult:
     tokens_per_second: float
     seconds: float
     examples: int
+    left_out: int = 0
 
 
 def train(
@@ -85,15 +86,13 @@ def train(
     """
     recipe = resolved(base, recipe, seed)
     assert recipe.template is not None
-    encoded = encode_all(
-        [e for part in data for e in part], recipe.template, base.tokenizer, recipe.max_length
-    )
+    encoded = encode_all([e for part in data for e in part], recipe.template, base.tokenizer, recipe.max_length)
     run = Run(base, recipe, encoded)
     try:
         run.start(workdir, resume)
         with frozen(base.model):
             run.loop(workdir, progress)
-        return run.result()
+        return replace(run.result(), left_out=sum(map(len, data)) - len(encoded))
     finally:
         run.close()
 
@@ -147,9 +146,7 @@ class Run:
         while history.step < recipe.steps and not history.stopped:
             history.curve.append(self.step(history.step))
             history.step += 1
-            look = self.held_out and (
-                history.step % recipe.evaluate_every == 0 or history.step == recipe.steps
-            )
+            look = self.held_out and (history.step % recipe.evaluate_every == 0 or history.step == recipe.steps)
             if look:
                 self.look()
             self.seconds = time.perf_counter() - began
@@ -291,9 +288,7 @@ class Run:
             "recipe": recipe.to_json(),
         }
         branches = self.method.branches(getattr(torch, recipe.dtype))
-        named = (
-            {path.rsplit(".", 1)[-1] for path in branches} if recipe.targets == ALL_LINEAR else recipe.targets
-        )
+        named = {path.rsplit(".", 1)[-1] for path in branches} if recipe.targets == ALL_LINEAR else recipe.targets
         return Adapter.new(
             branches,
             base_name=base.reference,

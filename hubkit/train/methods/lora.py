@@ -23,9 +23,7 @@ class _Group:
     The first one that is called computes them all; the others find their output waiting.
     """
 
-    def __init__(
-        self, linears: Linears, A: Tensor, Bts: list[Tensor], mask: Callable[[Tensor], Tensor | None]
-    ) -> None:
+    def __init__(self, linears: Linears, A: Tensor, Bts: list[Tensor], mask: Callable[[Tensor], Tensor | None]) -> None:
         self.linears, self.A, self.Bts, self._mask = linears, A, Bts, mask
         self._input: Tensor | None = None
         self._waiting: dict[int, Tensor] = {}
@@ -135,9 +133,7 @@ class Lora(Trainable):
             size_a, size_b = rank * linear.in_features, rank * linear.out_features
             A = rounded[at_a : at_a + size_a].view(rank, -1)
             Bt = rounded[at_b : at_b + size_b].view(rank, -1)
-            made[path] = LowRank(
-                A.clone(), Bt.T.contiguous(), alpha=self._recipe.alpha, rslora=self._recipe.rslora
-            )
+            made[path] = LowRank(A.clone(), Bt.T.contiguous(), alpha=self._recipe.alpha, rslora=self._recipe.rslora)
             at_a, at_b = at_a + size_a, at_b + size_b
         return made
 
