@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import statistics
 import time
@@ -46,7 +45,7 @@ def main() -> None:
     options = parser.parse_args()
     if not options.summary:
         measure(options)
-    summarise(options.out)
+    summarise(options.out, options.tasks.split(","))
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -146,15 +145,17 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def summarise(path: Path) -> None:
+def summarise(path: Path, tasks: list[str]) -> None:
     """Mean accuracy over seeds (± standard deviation) by task and method, and over all tasks."""
     cells: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    majority, losses = {}, defaultdict(list)
+    majority: dict[str, float] = {}
+    losses = defaultdict(list)
     for row in read(path):
-        cells[row["method"]][row["task"]].append(row["accuracy"])
-        losses[row["method"]].append(row["loss"])
-        majority[row["task"]] = row["majority"]
-    tasks = list(majority)
+        if row["task"] in tasks:
+            cells[row["method"]][row["task"]].append(row["accuracy"])
+            losses[row["method"]].append(row["loss"])
+            majority[row["task"]] = row["majority"]
+    tasks = [task for task in tasks if task in majority]
     print("| method | " + " | ".join(tasks) + " | mean | loss |")
     print("|---" * (len(tasks) + 3) + "|")
     print("| majority class | " + " | ".join(f"{majority[t]:.2f}" for t in tasks) + " | | |")
@@ -162,7 +163,7 @@ def summarise(path: Path) -> None:
         shown = [spread(by_task[t]) if by_task.get(t) else "–" for t in tasks]
         mean = statistics.mean(statistics.mean(values) for values in by_task.values())
         print(f"| {method} | " + " | ".join(shown) + f" | {mean:.3f} | {statistics.mean(losses[method]):.2f} |")
-    print(f"\n{platform.machine()}, accuracy: mean ± standard deviation over example seeds")
+    print("\nAccuracy on the test rows: mean ± standard deviation over the draws of examples. Loss: mean of all cells.")
 
 
 def spread(values: list[float]) -> str:

@@ -257,11 +257,22 @@ def test_nan_weights_are_refused(shell, tmp_path):
 def test_an_interrupted_run_stores_nothing(world):
     env = {**os.environ, "HUBKIT_HOME": str(world / "home"), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "hubkit", *compose_options(world)[:-1], "100000", "--out", "cut"]
-    running = subprocess.Popen([*map(str, command)], env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    time.sleep(6)  # imports take a second or two, the search would take minutes
-    assert running.poll() is None
-    running.send_signal(signal.SIGINT)
-    _, err = running.communicate(timeout=60)
+    running = subprocess.Popen(
+        [*map(str, command)],
+        env=env,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a test run in the background of a script inherits an ignored interrupt
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # type: ignore[arg-type, return-value]
+    )
+    try:
+        time.sleep(6)  # imports take a second or two, the search would take minutes
+        assert running.poll() is None
+        running.send_signal(signal.SIGINT)
+        _, err = running.communicate(timeout=60)
+    finally:
+        running.kill()
     assert running.returncode == 130, err
     assert "Traceback" not in err
     check = [sys.executable, "-m", "hubkit"]

@@ -47,7 +47,7 @@ class TrainResult:
     `curve` holds every step's loss; `loss` is the mean of its last tenth. `validation` holds (step, loss) of
     each look at the held-out share, `best_step` the step whose states were kept. `tokens` counts the prompt
     and target tokens (no padding) that this call trained on, in `seconds`; a resumed run counts its own share
-    only.
+    only. `examples` were trained on; `left_out` were longer than the recipe allows.
     """
 
     adapter: Adapter
