@@ -38,6 +38,9 @@ def compose(
         int | None, typer.Option(min=1, metavar="RANK", help="store a LoRA of at most this rank instead of a mixture")
     ] = None,
     report: Annotated[Path | None, typer.Option(help="folder for an HTML page with plots")] = None,
+    random_pool: Annotated[
+        bool, typer.Option("--random-pool", help="add a control: the same search over random adapters")
+    ] = False,
     list_methods: Annotated[bool, typer.Option("--list-methods", help="list the methods and exit")] = False,
     format: FormatOption = Format.human,
 ) -> None:
@@ -75,6 +78,7 @@ def compose(
             optimizer=optimizer,
             budget=budget,
             seed=seed,
+            random_pool=random_pool,
             progress=lambda done, total, best: update(done, total, f"best {best:.4f}"),
         )
     for warning in result.warnings:
