@@ -66,6 +66,7 @@ def compose(
     from compose import DEFAULT, search
     from hubkit.base import load_base
 
+    output.note("loading the base model (converted once, which takes about 20 s)")
     model = load_base(base)
     with output.progress("composing") as update:
         result = search(

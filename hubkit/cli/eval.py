@@ -40,6 +40,7 @@ def evaluate(
     from hubkit.evaluate import evaluate as run
     from hubkit.placement import place
 
+    out.note("loading the base model (converted once, which takes about 20 s)")
     model = load_base(base)
     placed = place(hub, model, mixture, template)
     for warning in placed.warnings:

@@ -68,6 +68,7 @@ def train(
     }
     chosen = Recipe.load(recipe).to_json() if recipe else {}
     plan = Recipe.from_json({**chosen, **{key: value for key, value in given.items() if value is not None}})
+    out.note("loading the base model (converted once, which takes about 20 s)")
     model = load_base(plan.base)
     with out.progress("training") as update:
         result = run(model, examples, plan, seed=plan.seed, workdir=work, progress=show(update))
