@@ -140,6 +140,12 @@ def test_a_composed_mixture_is_an_entry_like_any_other(shell, world):
     assert stored["loss"] != shell.json("eval", "base", *options)["loss"]
 
 
+def test_a_random_pool_is_a_control_on_request(shell, world):
+    made = shell.json(*compose_options(world), "--random-pool", "--from", "one", "--from", "two")
+    assert {"loss", "accuracy"} <= made["baselines"]["random_pool"].keys()
+    assert made["weights"].keys() == {"one", "two"}
+
+
 def test_compose_can_make_one_lora_and_states_its_error(shell, world):
     made = shell.json(*compose_options(world), "--method", "uniform", "--materialize", 6, "--out", "lora")
     assert made["max_rel_error"] < 1e-5
