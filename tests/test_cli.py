@@ -302,3 +302,11 @@ def test_every_verb_explains_itself(shell):
 @pytest.mark.parametrize(("file", "name"), [("few_shot.jsonl", "mix-few_shot"), ("a b/ü ?.jsonl", "mix-task")])
 def test_the_default_name_is_a_name(file, name):
     assert default_name(Path(file)) == name
+
+
+def test_training_says_what_it_left_out(shell, world, tmp_path):
+    task = write_task(tmp_path / "long.jsonl", [("a", "b"), ("long " * 200, "c")])
+    code, _, err = shell("train", "--data", task, "--base", world / "base", "--name", "short", "--steps", 1)
+    assert code == 0
+    assert "1 examples of more than 512 tokens were left out" in err
+    shell("rm", "short")

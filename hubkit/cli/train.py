@@ -72,6 +72,8 @@ def train(
     model = load_base(plan.base)
     with out.progress("training") as update:
         result = run(model, examples, plan, seed=plan.seed, workdir=work, progress=show(update))
+    if result.left_out:
+        out.warn(f"{result.left_out} examples of more than {plan.max_length} tokens were left out.")
     entry = Hub().add_adapter(result.adapter, name)
     facts = ("loss", "curve", "validation", "best_step", "steps", "tokens", "tokens_per_second", "seconds", "examples")
     report = {"adapter": entry.digest, "name": entry.name, **{fact: getattr(result, fact) for fact in facts}}
