@@ -56,8 +56,10 @@ for _verb in VERBS:
 
 def main() -> None:
     """Run the command line; known failures become one message and their documented exit code."""
-    # Threads that spin at barriers are worth 3% on an idle machine and cost 50x beside another busy process.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # OpenMP threads that wait spin, by default for long. Beside another busy process that costs many times over; spinning
+    # briefly keeps most of both (docs/log.md).
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         app(prog_name="hubkit")
     except HubkitError as error:
