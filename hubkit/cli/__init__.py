@@ -56,8 +56,8 @@ for _verb in VERBS:
 
 def main() -> None:
     """Run the command line; known failures become one message and their documented exit code."""
-    # OpenMP threads that wait spin, by default for long. Beside another busy process that costs many times over; spinning
-    # briefly keeps most of both (docs/log.md).
+    # OpenMP threads spin while they wait, by default for long, which beside another busy process costs many times
+    # over. Spinning briefly keeps nearly all of the speed on idle cores and most of it on busy ones (docs/log.md).
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
