@@ -51,8 +51,16 @@ def test_loads_causal_and_seq2seq_ready_to_run(make, seq2seq, tmp_path, home, ca
     assert capfd.readouterr().err == ""
 
 
-def test_default_dtype_is_bf16_and_a_bad_one_is_refused(folder, home):
-    assert load_base(folder, device="cpu", home=home).dtype == torch.bfloat16
+@pytest.mark.parametrize("native", [True, False])
+def test_default_dtype_is_what_the_device_multiplies(folder, home, native, monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+    assert load_base(folder, device="cpu", home=home).dtype == (torch.bfloat16 if native else torch.float32)
+
+
+def test_a_dtype_is_taken_by_name_and_a_bad_one_is_refused(folder, home):
+    assert load_base(folder, dtype="bfloat16", device="cpu", home=home).dtype == torch.bfloat16
     with pytest.raises(UsageError, match="int8"):
         load_base(folder, dtype="int8", home=home)
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hubkit.cli.output import Format, FormatOption, Output, table
+from hubkit.cli.output import DtypeOption, Format, FormatOption, Output, table
 from hubkit.errors import UsageError
 
 EPILOG = (
@@ -24,6 +24,7 @@ def register(app: typer.Typer) -> None:
 def compose(
     task: Annotated[Path | None, typer.Option(help="the examples: JSONL with input and output")] = None,
     base: Annotated[str | None, typer.Option(help="base model: alias, hub id, folder or GGUF file")] = None,
+    dtype: DtypeOption = "auto",
     source: Annotated[
         list[str] | None, typer.Option("--from", help="a candidate adapter; may be repeated (default: all that fit)")
     ] = None,
@@ -67,7 +68,7 @@ def compose(
     from hubkit.base import load_base
 
     output.note("loading the base model (converted once, which takes about 20 s)")
-    model = load_base(base)
+    model = load_base(base, dtype=dtype)
     with output.progress("composing") as update:
         result = search(
             model,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hubkit.cli.output import Format, FormatOption, Output, table
+from hubkit.cli.output import DtypeOption, Format, FormatOption, Output, table
 
 EPILOG = (
     "Examples:  hubkit eval plural --data test.jsonl   |   hubkit eval '0.7*a+0.3*b' --data test.jsonl   |   "
@@ -23,6 +23,7 @@ def evaluate(
     name: Annotated[str, typer.Argument(help="an adapter, a mixture (stored or 0.7*a+0.3*b), or `base`")],
     data: Annotated[Path, typer.Option("--data", help="a task file")],
     base: Annotated[str | None, typer.Option(help="base model: alias, hub id, folder or GGUF file")] = None,
+    dtype: DtypeOption = "auto",
     metric: Annotated[str | None, typer.Option(help="exact_match, rougeL or token_f1 (default: by the data)")] = None,
     template: Annotated[str | None, typer.Option(help="prompt template of `base`: plain, chat or seq2seq")] = None,
     format: FormatOption = Format.human,
@@ -41,7 +42,7 @@ def evaluate(
     from hubkit.placement import place
 
     out.note("loading the base model (converted once, which takes about 20 s)")
-    model = load_base(base)
+    model = load_base(base, dtype=dtype)
     placed = place(hub, model, mixture, template)
     for warning in placed.warnings:
         out.warn(warning)

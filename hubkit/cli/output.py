@@ -22,6 +22,10 @@ FormatOption = Annotated[
     Format, typer.Option("--format", help="human: tables; json: one object on stdout; quiet: the bare result.")
 ]
 
+DtypeOption = Annotated[
+    str, typer.Option(help="auto (what the device multiplies fastest), bfloat16, float16 or float32")
+]
+
 
 class Output:
     """What a command says, in the format that the user chose."""
