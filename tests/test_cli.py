@@ -286,6 +286,20 @@ def test_an_interrupted_run_stores_nothing(world):
     assert subprocess.run([*check, "verify"], env=env, cwd=ROOT, capture_output=True).returncode == 0
 
 
+def test_an_interrupt_inside_an_extension_still_exits_with_130():
+    """CPython remembers an interrupt that left a nested interpreter run, and would die by signal at the end."""
+    code = (
+        "import ctypes, sys; import hubkit.cli as cli\n"
+        "def struck():\n"
+        "    run = ctypes.pythonapi.PyRun_String; run.restype = ctypes.py_object\n"
+        "    run(b'raise KeyboardInterrupt', 257, ctypes.py_object({}), ctypes.py_object({}))\n"
+        "cli.app.command('struck')(struck); sys.argv = ['hubkit', 'struck']; cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stderr.endswith("Interrupted.\n")
+
+
 def test_debug_shows_the_trace(shell, monkeypatch):
     monkeypatch.setenv("HUBKIT_DEBUG", "1")
     with pytest.raises(Exception, match="nobody"):

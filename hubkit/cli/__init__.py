@@ -5,13 +5,15 @@ Each verb's file imports what it works with inside its function, so `hubkit --he
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from importlib import import_module
+from typing import NoReturn
 
 import typer
 
-from hubkit.errors import HubkitError
+from hubkit.errors import INTERRUPTED, HubkitError
 
 VERBS = (
     "doctor",
@@ -64,12 +66,29 @@ def main() -> None:
         app(prog_name="hubkit")
     except HubkitError as error:
         _fail(error.cause, error.remedy, error.exit_code)
+    except SystemExit as leaving:
+        if leaving.code == INTERRUPTED:
+            _leave_interrupted()
+        raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except Exception as error:
         cause = f"Unexpected {type(error).__name__}: {error}"
         _fail(cause, "Run again with HUBKIT_DEBUG=1 for the trace, and report it.", 1)
+
+
+def _leave_interrupted() -> NoReturn:
+    """Exit with 130 for certain.
+
+    An interrupt that strikes in code which a C extension runs (some imports) leaves a mark in CPython, and an
+    ordinary exit then ends in death by signal, even though the interrupt was handled.
+    """
+    print("Interrupted.", file=sys.stderr)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(INTERRUPTED)
 
 
 def _fail(cause: str, remedy: str, code: int) -> None:
