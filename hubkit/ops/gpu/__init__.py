@@ -1,0 +1,88 @@
+"""The multi-LoRA linear on a GPU, by Triton; on a CPU in Triton's interpreter, for tests.
+
+`kernels.py` and `tiles.py` are the device code, `routes.py` says which rows use what, `plans.py` picks mode and tile
+sizes, `launch.py` launches. See docs/kernel.md.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from hubkit.ops import cpu
+from hubkit.ops.gpu.launch import INTERPRETED, MODES, Call
+from hubkit.ops.gpu.plans import Problem, choose
+from hubkit.ops.gpu.routes import Route
+
+__all__ = ["INTERPRETED", "MODES", "Plan", "Route", "plan", "route"]
+
+
+class Plan:
+    """Linears that read the same input, each with its route and arena; those of one route go in one launch."""
+
+    def __init__(self, members: Sequence[tuple[Route, Tensor, Tensor]]) -> None:
+        bundles: dict[int, list[int]] = {}
+        for index, (route, _, _) in enumerate(members):
+            bundles.setdefault(id(route), []).append(index)
+        self.members = members
+        self.bundles = list(bundles.values())
+
+    def __call__(self, x: Tensor, weights: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+        flat = x.reshape(-1, x.shape[-1])
+        flat = flat if flat.stride(-1) == 1 else flat.contiguous()
+        outputs: list[Tensor | None] = [None] * len(weights)
+        for bundle in self.bundles:
+            made = self._run(flat, [weights[index] for index in bundle], bundle)
+            for index, y in zip(bundle, made, strict=True):
+                outputs[index] = y.view(*x.shape[:-1], y.shape[-1])
+        return outputs  # type: ignore[return-value]
+
+    def _run(self, x: Tensor, weights: Sequence[tuple[Tensor, Tensor | None]], bundle: list[int]) -> Sequence[Tensor]:
+        route = self.members[bundle[0]][0]
+        if len(x) == 0 or x.shape[1] == 0 or route.capacity(max(len(x), 1)) == 0:
+            return [linear(x, weight, bias) for weight, bias in weights]
+        (arch, chained), forced = target(x.device), forced_mode()
+        ranks = route.capacity(128)
+        N = sum(len(weight) for weight, _ in weights)
+        problem = Problem(arch, x.element_size(), len(x), N, x.shape[1], ranks, batch_invariant())
+        foreign = not all(weight.is_contiguous() for weight, _ in weights)  # only torch knows how to multiply those
+        tile_plan = choose(problem, "separate" if foreign else forced)
+        As, Bts = (tuple(self.members[index][part] for index in bundle) for part in (1, 2))
+        return MODES[tile_plan.mode](Call(x, weights, As, Bts, route, tile_plan, chained))
+
+
+def route(C: Tensor, group: Tensor | None) -> Route:
+    return Route(C, group, C.device)
+
+
+def plan(members: Sequence[tuple[Route, Tensor, Tensor]]) -> Plan:
+    return Plan(members)
+
+
+def forced_mode() -> str | None:
+    """The mode that HUBKIT_OPS=triton:MODE names."""
+    _, _, name = os.environ.get("HUBKIT_OPS", "").partition(":")
+    if name and name not in MODES:
+        raise ValueError(f"HUBKIT_OPS names the mode {name!r}, which is not one of {', '.join(MODES)}")
+    return name or None
+
+
+def batch_invariant() -> bool:
+    """HUBKIT_BATCH_INVARIANT=1: one tile shape for every batch, so that a row's result depends on that row alone."""
+    return os.environ.get("HUBKIT_BATCH_INVARIANT") == "1"
+
+
+@cache
+def target(device: torch.device) -> tuple[str, bool]:
+    """(architecture as the plan table names it, whether a launch may be chained to the one before)."""
+    if device.type != "cuda":
+        return "sm90", False  # the interpreter computes what an H100 would
+    if torch.version.hip:
+        return "gfx942", False
+    major, _ = torch.cuda.get_device_capability(device)
+    return {8: "sm80", 9: "sm90"}.get(major, "sm100"), major >= 9

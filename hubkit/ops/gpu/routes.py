@@ -1,0 +1,98 @@
+"""Which arena rows each tile of batch rows uses: found on the device, once per forward, for all layers alike."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def route_kernel(
+    C, group, rows, counts,
+    M, R, stride_c, stride_g, stride_rows,
+    BM: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """rows[tile, :counts[tile]]: ascending, the arena rows for which any of the tile's BM batch rows has a
+    coefficient. Grid: tiles."""
+    tile = tl.program_id(0)
+    m = tile * BM + tl.arange(0, BM)
+    valid = m < M
+    g = tl.load(group + m * stride_g, mask=valid, other=0).to(tl.int64)
+    count = 0
+    for start in range(0, R, BR):
+        r = start + tl.arange(0, BR)
+        inside = valid[:, None] & (r < R)[None, :]
+        c = tl.load(C + g[:, None] * stride_c + r[None, :], mask=inside, other=0.0)
+        used = tl.max((c != 0).to(tl.int32), axis=0)
+        at = count + tl.cumsum(used, 0) - used
+        tl.store(rows + tile.to(tl.int64) * stride_rows + at, r, mask=used != 0)
+        count += tl.sum(used)
+    tl.store(counts + tile, count)
+
+
+class Lists:
+    """The route kernel's output for one tile height. Buffers stay where they are, so a CUDA graph that holds a
+    `refresh` follows changes of C and group made in place.
+
+    rows [tiles, R] int32, counts [tiles] int32. Without groups all batch rows are alike, however many come, and one
+    tile stands for any (strides of zero).
+    """
+
+    def __init__(self, C: Tensor, group: Tensor | None, tile: int) -> None:
+        """C [G, R] fp32; group [M] int32, or None for group 0 throughout."""
+        self.C, self.tile = C, tile
+        self.M = 1 if group is None else len(group)
+        self.group = torch.zeros(1, dtype=torch.int32, device=C.device) if group is None else group
+        tiles, R = -(-self.M // tile), C.shape[1]
+        self.rows = torch.empty(tiles, R, dtype=torch.int32, device=C.device)
+        self.counts = torch.empty(tiles, dtype=torch.int32, device=C.device)
+        alike = group is None
+        self.stride_group, self.stride_rows, self.stride_counts = (0, 0, 0) if alike else (1, R, 1)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Find the lists anew from what C and group hold now: one launch, no synchronisation."""
+        R = self.C.shape[1]
+        route_kernel[(len(self.counts),)](
+            self.C, self.group, self.rows, self.counts, self.M, R, self.C.stride(0), self.stride_group, R,
+            BM=self.tile, BR=max(16, min(128, 4096 // self.tile)), num_warps=4,
+        )  # fmt: skip
+
+
+class Route:
+    """Coefficients C [G, R] fp32 and the group [M] of each input row (None: all of group 0), with their lists.
+
+    `capacity` bounds how many arena rows one tile may ever list, where C is to be changed in place later; by default
+    it is what C says now, read on the host, which costs nothing when C comes from there.
+    """
+
+    def __init__(self, C: Tensor, group: Tensor | None, device: torch.device, capacity: int | None = None) -> None:
+        self._used = (C != 0).cpu()
+        self._groups = None if group is None else group.cpu()
+        self._capacities: dict[int, int] = {}
+        self._fixed = capacity
+        self.C = C.to(device).contiguous()
+        self.group = None if group is None else group.to(device, torch.int32).contiguous()
+        self._lists: dict[int, Lists] = {}
+
+    def capacity(self, tile: int) -> int:
+        """The most arena rows that a tile of this height lists."""
+        if self._fixed is not None:
+            return self._fixed
+        if tile not in self._capacities:
+            groups = torch.zeros(1, dtype=torch.long) if self._groups is None else self._groups
+            tiles = (self._used[rows.unique()].any(0) for rows in groups.split(tile))
+            self._capacities[tile] = max((int(used.sum()) for used in tiles), default=0)
+        return self._capacities[tile]
+
+    def lists(self, tile: int) -> Lists:
+        if tile not in self._lists:
+            self._lists[tile] = Lists(self.C, self.group, tile)
+        return self._lists[tile]
+
+    def refresh(self) -> None:
+        """After C or group were changed in place: find all lists anew, on the device alone."""
+        for lists in self._lists.values():
+            lists.refresh()
