@@ -31,7 +31,7 @@ class _Route(ctypes.Structure):
 
 class _Member(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("A", "Bt", "y")),
+        *((name, ctypes.c_void_p) for name in ("A", "Bt")),
         ("N", ctypes.c_int64),
         ("route", _Route),
     )
@@ -46,7 +46,7 @@ def load() -> Callable[..., None] | BuildError:
     except (OSError, AttributeError) as error:  # say, no OpenMP runtime in this torch
         return BuildError(f"the library does not load: {error}")
     number, pointer = ctypes.c_int64, ctypes.c_void_p
-    function.argtypes = (pointer, number, pointer, number, number, number, number)
+    function.argtypes = (pointer, pointer, number, pointer, number, number, number)
     function.restype = None
     return function
 
@@ -102,14 +102,18 @@ class Plan:
         dtypes = {factor.dtype for pair in self.factors for factor in pair}
         on_cpu = all(factor.device.type == "cpu" for pair in self.factors for factor in pair)
         self.dtype = dtypes.pop() if on_cpu and len(dtypes) == 1 and dtypes <= DTYPES.keys() else None
+        self.code = DTYPES[self.dtype] if self.dtype else -1
         self.trained = any(factor.requires_grad for pair in self.factors for factor in pair)
         self.idle = not any(len(route.cols) for route in self.routes)
         self.structs = (_Member * len(members))(
             *(
-                _Member(A.data_ptr(), Bt.data_ptr(), None, Bt.shape[1], route.struct)
+                _Member(A.data_ptr(), Bt.data_ptr(), Bt.shape[1], route.struct)
                 for route, (A, Bt) in zip(self.routes, self.factors, strict=True)
             )
         )
+
+        self.outputs = (ctypes.c_void_p * len(members))()
+        self.addresses = ctypes.addressof(self.structs), ctypes.addressof(self.outputs)
 
     def __call__(self, x: Tensor, weights: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
         if x.dtype is not self.dtype or (torch.is_grad_enabled() and (self.trained or x.requires_grad)):
@@ -117,11 +121,11 @@ class Plan:
         outputs = [linear(x, weight, bias) for weight, bias in weights]
         if self.idle or x.numel() == 0:
             return outputs
-        rows = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, x.shape[-1]).contiguous()
-        for struct, y in zip(self.structs, outputs, strict=True):
-            struct.y = y.data_ptr()
-        M, K = rows.shape
-        self.delta(self.structs, len(outputs), rows.data_ptr(), M, K, rows.stride(0), DTYPES[self.dtype])
+        K = x.size(-1)
+        if not x.is_contiguous():
+            x = x.contiguous()
+        self.outputs[:] = [y.data_ptr() for y in outputs]
+        self.delta(*self.addresses, len(outputs), x.data_ptr(), x.numel() // K, K, self.code)
         return outputs
 
     @cached_property

@@ -1,7 +1,8 @@
 """The native library: compiled by the system's compiler at its first use, then kept.
 
 A library belongs to a source, a compiler and a processor; whatever changes makes another file in the cache.
-A build that failed leaves its reason there instead, so that it is not tried anew by every process.
+A build that failed leaves its reason there instead, so that it is not tried anew by every process. This module
+needs the standard library alone: `hubkit doctor` loads it without its package, which imports torch.
 """
 
 from __future__ import annotations
@@ -37,24 +38,28 @@ def compiler() -> list[str]:
     raise BuildError(f"no C++ compiler ({' '.join(named) or 'c++, g++ or clang++'}) on the PATH")
 
 
-def library() -> Path:
-    """The compiled library; built first if need be, in a few seconds. BuildError if that does not work."""
+def place() -> Path:
+    """Where the library is, or will be. BuildError if there cannot be one. Changes nothing."""
     command = compiler()
-    folder = cache_folder()
-    built = folder / f"{_key(command)}.so"
+    built = cache_folder() / f"{_key(command)}.so"
     failed = built.with_suffix(".failed")
-    if built.exists():
-        return built
     if failed.exists():
         raise BuildError(f"an earlier build failed: see {failed}")
+    return built
+
+
+def library() -> Path:
+    """The compiled library; built first if need be, in a few seconds. BuildError if that does not work."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            error = _compile(command, Path(temporary))
-            if error:
-                failed.write_text(error)
-                raise BuildError(f"the build failed: see {failed}")
-            os.replace(Path(temporary) / built.name.replace(built.stem, "delta"), built)
+        built = place()
+        if not built.exists():
+            built.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=built.parent) as temporary:
+                error = _compile(compiler(), Path(temporary))
+                if error:
+                    built.with_suffix(".failed").write_text(error)
+                    raise BuildError(f"the build failed: see {built.with_suffix('.failed')}")
+                os.replace(Path(temporary) / "delta.so", built)
     except OSError as error:
         raise BuildError(f"the build failed: {error}") from error
     return built

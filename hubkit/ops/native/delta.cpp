@@ -138,7 +138,7 @@ float sum(Vec v) {  // halves onto halves
 
 // ---- the two tiles -------------------------------------------------------------------------------------------
 
-// out[r * stride + c] += x[r] . a[c] over k elements.
+// out[r][c] = x[r] . a[c] over k elements.
 template <int R>
 void dots(const float* const* x, const float* const* a, int64_t k, float out[R][COLS]) {
     Vec acc[R][COLS] = {};
@@ -194,10 +194,9 @@ struct Route {
     const int64_t *row_start, *rows, *col_start, *cols;
     const float* coef;
 };
-// One linear: A [., K], Bt [., N], y [M, N], contiguous.
+// One linear: A [., K], Bt [., N], contiguous.
 struct Member {
     const void *A, *Bt;
-    void* y;
     int64_t N;
     Route route;
 };
@@ -205,6 +204,7 @@ struct Member {
 
 struct Block {  // up to BLOCK rows of one group in one linear
     const Member* member;
+    void* y;              // [M, N] of the member
     const int64_t* rows;  // null: counted from `first`
     int64_t first, count, J;
     const int64_t* cols;
@@ -225,7 +225,7 @@ float* scratch(int64_t floats) {
     return (float*)(uintptr_t(buffer.data() + line / sizeof(float)) / line * line);
 }
 
-template <class T> void shrink(const Task& task, const T* x, int64_t K, int64_t stride) {
+template <class T> void shrink(const Task& task, const T* x, int64_t K) {
     const Block& b = *task.block;
     constexpr bool copies = !std::is_same_v<T, float>;
     float* room = copies ? scratch((BLOCK + CHUNK) * DEPTH) : nullptr;
@@ -239,7 +239,7 @@ template <class T> void shrink(const Task& task, const T* x, int64_t K, int64_t 
                 return room + slot * DEPTH;
             }
         };
-        for (int64_t i = 0; i < b.count; i++) rows[i] = wide(x + b.row(i) * stride + k, i);
+        for (int64_t i = 0; i < b.count; i++) rows[i] = wide(x + b.row(i) * K + k, i);
         for (int64_t j = task.begin; j < task.end; j++)
             cols[j - task.begin] = wide((const T*)b.member->A + b.cols[j] * K + k, BLOCK + j - task.begin);
         int64_t n = task.end - task.begin;
@@ -276,7 +276,7 @@ template <class T> void expand(const Task& task) {
             for (int r = 0; r < R; r++) s[r] = b.S + (i + r) * b.J;
             for (int64_t n = task.begin; n < task.end; n += STRIP) {
                 T* y[R];
-                for (int r = 0; r < R; r++) y[r] = (T*)b.member->y + b.row(i + r) * N + n;
+                for (int r = 0; r < R; r++) y[r] = (T*)b.y + b.row(i + r) * N + n;
                 axpys<R>(s, panel + (n - task.begin) * b.J, b.J, y, std::min(STRIP, task.end - n));
             }
         });
@@ -289,7 +289,7 @@ struct Work {
     std::vector<float> S;
     int64_t products = 0;
 
-    void plan(const Member* members, int64_t count, int64_t M, int64_t K) {
+    void plan(const Member* members, void* const* y, int64_t count, int64_t M, int64_t K) {
         blocks.clear(), shrinks.clear(), expands.clear();
         products = 0;
         int64_t floats = 0;
@@ -302,7 +302,7 @@ struct Work {
                 products += (last - first) * J * (K + m->N);
                 for (; first < last; first += BLOCK) {
                     int64_t rows = std::min(BLOCK, last - first);
-                    blocks.push_back({m, route.rows ? route.rows + first : nullptr, first, rows, J,
+                    blocks.push_back({m, y[m - members], route.rows ? route.rows + first : nullptr, first, rows, J,
                                       route.cols + col, route.coef + col, nullptr});
                     floats += rows * J;
                 }
@@ -321,14 +321,14 @@ struct Work {
     }
 };
 
-template <class T> void run(const Member* members, int64_t count, const T* x, int64_t M, int64_t K, int64_t stride) {
+template <class T> void run(const Member* members, void* const* y, int64_t count, const T* x, int64_t M, int64_t K) {
     thread_local Work kept;
     Work& work = kept;  // the threads below would each see their own
-    work.plan(members, count, M, K);
+    work.plan(members, y, count, M, K);
 #pragma omp parallel if (work.products > SMALL)
     {
 #pragma omp for schedule(dynamic)
-        for (size_t i = 0; i < work.shrinks.size(); i++) shrink(work.shrinks[i], x, K, stride);
+        for (size_t i = 0; i < work.shrinks.size(); i++) shrink(work.shrinks[i], x, K);
 #pragma omp for schedule(dynamic)
         for (size_t i = 0; i < work.expands.size(); i++) expand<T>(work.expands[i]);
     }
@@ -336,10 +336,10 @@ template <class T> void run(const Member* members, int64_t count, const T* x, in
 
 }  // namespace
 
-// x [M, K] with `stride` elements from row to row; dtype of x and all factors: 0 fp32, 1 bf16, 2 fp16.
+// x [M, K] and each y [M, N], contiguous; dtype of x, y and all factors: 0 fp32, 1 bf16, 2 fp16.
 extern "C" __attribute__((visibility("default"))) void hubkit_delta(
-    const Member* members, int64_t count, const void* x, int64_t M, int64_t K, int64_t stride, int64_t dtype) {
-    if (dtype == 0) run(members, count, (const float*)x, M, K, stride);
-    if (dtype == 1) run(members, count, (const bfloat16*)x, M, K, stride);
-    if (dtype == 2) run(members, count, (const float16*)x, M, K, stride);
+    const Member* members, void* const* y, int64_t count, const void* x, int64_t M, int64_t K, int64_t dtype) {
+    if (dtype == 0) run(members, y, count, (const float*)x, M, K);
+    if (dtype == 1) run(members, y, count, (const bfloat16*)x, M, K);
+    if (dtype == 2) run(members, y, count, (const float16*)x, M, K);
 }
