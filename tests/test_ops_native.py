@@ -120,6 +120,32 @@ def test_gradients_and_other_dtypes_take_the_generic_path() -> None:
 
 
 @needs_native
+def test_autocast_is_refused_as_by_the_generic_path() -> None:
+    for implementation in ("cpu", "native"):
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="dtype"):
+            run(implementation, mixed(torch.float32))
+
+
+@needs_native
+def test_what_does_not_fit_is_refused() -> None:
+    """The library itself would read past the end."""
+    case = mixed(torch.float32)
+    route = native.route(case.C, case.group)
+    plan = native.plan([(route, case.A, case.Bt)])
+    for x, weight in (
+        (case.x[:-1], case.weight),
+        (case.x[:, :-1], case.weight[:, :-1]),
+        (case.x, case.weight[:-1]),
+    ):
+        with pytest.raises(ValueError, match="do not fit"):
+            plan(x, [(weight, None)])
+    with pytest.raises(ValueError, match="arena rows"):
+        native.plan([(route, case.A[:-1], case.Bt)])
+    with pytest.raises(IndexError):
+        native.route(case.C, case.group + 1)
+
+
+@needs_native
 def test_the_width_of_wider_machines(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """16 lanes, as on AVX-512, which a compiler splits for other processors. From an empty cache, too."""
     monkeypatch.setattr(builder, "FLAGS", [*builder.FLAGS, "-DLANES=16", "-O1"])

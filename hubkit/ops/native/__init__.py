@@ -73,8 +73,11 @@ class Route:
         self.col_start = _starts(used.sum(1))
         self.rows = self.row_start = None
         if group is not None:
+            counts = group.bincount(minlength=len(C))
+            if len(counts) > len(C):
+                raise IndexError(f"group {len(counts) - 1} of {len(C)}")
             self.rows = group.argsort(stable=True)
-            self.row_start = _starts(group.bincount(minlength=len(C)))
+            self.row_start = _starts(counts)
 
     @property
     def struct(self) -> _Route:
@@ -99,33 +102,39 @@ class Plan:
         self.delta = delta
         self.routes = [route for route, _, _ in members]
         self.factors = [(A.contiguous(), Bt.contiguous()) for _, A, Bt in members]
-        dtypes = {factor.dtype for pair in self.factors for factor in pair}
-        on_cpu = all(factor.device.type == "cpu" for pair in self.factors for factor in pair)
-        self.dtype = dtypes.pop() if on_cpu and len(dtypes) == 1 and dtypes <= DTYPES.keys() else None
-        self.code = DTYPES[self.dtype] if self.dtype else -1
-        self.trained = any(factor.requires_grad for pair in self.factors for factor in pair)
+        self.dtype = _dtype(self.factors)
+        self.trained = any(A.requires_grad or Bt.requires_grad for A, Bt in self.factors)
         self.idle = not any(len(route.cols) for route in self.routes)
+        # sizes are checked here and at a call: the library would read whatever lies behind too small a tensor
+        if any(not route.C.shape[1] == len(A) == len(Bt) for route, A, Bt in members):
+            raise ValueError("C, A and Bt of a linear differ in their number of arena rows")
+        (self.K,) = {A.shape[1] for A, _ in self.factors}
+        self.N = [Bt.shape[1] for _, Bt in self.factors]
+        (self.M,) = {0 if route.rows is None else len(route.rows) for route in self.routes}  # 0: any number
         self.structs = (_Member * len(members))(
             *(
                 _Member(A.data_ptr(), Bt.data_ptr(), Bt.shape[1], route.struct)
                 for route, (A, Bt) in zip(self.routes, self.factors, strict=True)
             )
         )
-
-        self.outputs = (ctypes.c_void_p * len(members))()
-        self.addresses = ctypes.addressof(self.structs), ctypes.addressof(self.outputs)
+        self.y = (ctypes.c_void_p * len(members))()
+        self.addresses = ctypes.addressof(self.structs), ctypes.addressof(self.y)
 
     def __call__(self, x: Tensor, weights: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
         if x.dtype is not self.dtype or (torch.is_grad_enabled() and (self.trained or x.requires_grad)):
             return self.generic(x, weights)
-        outputs = [linear(x, weight, bias) for weight, bias in weights]
+        outputs = [linear(x, weight, bias).contiguous() for weight, bias in weights]
         if self.idle or x.numel() == 0:
             return outputs
+        if outputs[0].dtype is not self.dtype:  # under autocast, which the generic path refuses
+            return self.generic(x, weights)
         K = x.size(-1)
-        if not x.is_contiguous():
-            x = x.contiguous()
-        self.outputs[:] = [y.data_ptr() for y in outputs]
-        self.delta(*self.addresses, len(outputs), x.data_ptr(), x.numel() // K, K, self.code)
+        M = x.numel() // K
+        if [y.size(-1) for y in outputs] != self.N or K != self.K or (self.M or M) != M:
+            raise ValueError(f"x {tuple(x.shape)} or the weights do not fit the plan's factors and groups")
+        x = x.contiguous()
+        self.y[:] = [y.data_ptr() for y in outputs]
+        self.delta(*self.addresses, len(outputs), x.data_ptr(), M, K, DTYPES[self.dtype])
         return outputs
 
     @cached_property
@@ -140,6 +149,13 @@ def route(C: Tensor, group: Tensor | None) -> Route:
 
 def plan(members: Sequence[tuple[Route, Tensor, Tensor]]) -> Plan:
     return Plan(members)
+
+
+def _dtype(factors: Sequence[tuple[Tensor, Tensor]]) -> torch.dtype | None:
+    """What all factors are in, if the library can compute with that."""
+    found = {(factor.device.type, factor.dtype) for pair in factors for factor in pair}
+    device, dtype = found.pop()
+    return dtype if not found and device == "cpu" and dtype in DTYPES else None
 
 
 def _starts(counts: Tensor) -> Tensor:
