@@ -235,6 +235,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64, help="tokens of a row at prefill and in the cache at decode")
+    parser.add_argument("--only", choices=("model", "linears"), help="not both")
     parser.add_argument("--linears", type=int, nargs="*", default=[2048, 4096], help="sizes of single square linears")
     parser.add_argument("--seconds", type=float, default=20, help="how long to measure each case")
     parser.add_argument("--format", choices=("human", "json"), default="human")
@@ -246,8 +247,8 @@ def main() -> None:
     # the last position's states are a strided slice, for which torch would copy the head's weight once per
     # row
     base.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
-    rows = measure(base.model, options)
-    for size in options.linears:
+    rows = [] if options.only == "linears" else measure(base.model, options)
+    for size in [] if options.only == "model" else options.linears:
         rows += measure_linear(size, options)
     result = {
         "date": time.strftime("%Y-%m-%d"),

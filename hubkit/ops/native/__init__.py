@@ -110,7 +110,7 @@ class Plan:
             raise ValueError("C, A and Bt of a linear differ in their number of arena rows")
         (self.K,) = {A.shape[1] for A, _ in self.factors}
         self.N = [Bt.shape[1] for _, Bt in self.factors]
-        (self.M,) = {0 if route.rows is None else len(route.rows) for route in self.routes}  # 0: any number
+        (self.M,) = {None if route.rows is None else len(route.rows) for route in self.routes}  # None: any number
         self.structs = (_Member * len(members))(
             *(
                 _Member(A.data_ptr(), Bt.data_ptr(), Bt.shape[1], route.struct)
@@ -130,7 +130,7 @@ class Plan:
             return self.generic(x, weights)
         K = x.size(-1)
         M = x.numel() // K
-        if [y.size(-1) for y in outputs] != self.N or K != self.K or (self.M or M) != M:
+        if [y.size(-1) for y in outputs] != self.N or K != self.K or self.M not in (None, M):
             raise ValueError(f"x {tuple(x.shape)} or the weights do not fit the plan's factors and groups")
         x = x.contiguous()
         self.y[:] = [y.data_ptr() for y in outputs]

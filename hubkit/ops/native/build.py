@@ -30,12 +30,12 @@ def cache_folder() -> Path:
 
 
 def compiler() -> list[str]:
-    """The command of a C++ compiler: `CXX`, or the first that is installed."""
+    """The command of a C++ compiler: `CXX`, or the first that is installed; GCC's, whose OpenMP is torch's."""
     named = shlex.split(os.environ.get("CXX", ""))
-    for command in [named] if named else [["c++"], ["g++"], ["clang++"]]:
+    for command in [named] if named else [["g++"], ["c++"]]:
         if shutil.which(command[0]):
             return command
-    raise BuildError(f"no C++ compiler ({' '.join(named) or 'c++, g++ or clang++'}) on the PATH")
+    raise BuildError(f"no C++ compiler ({' '.join(named) or 'g++ or c++'}) on the PATH")
 
 
 def place() -> Path:
