@@ -5,7 +5,8 @@
 All run on copies of the same base model in the same process, taking turns; a figure is the median over the
 turns. The decode step reads a KV cache of 64 tokens that is cut back after every step; logits are those of
 the last position. The adapters are random, with a B that is not zero. `peft` is the library as it loads
-adapters, in fp32; `peft_cast` has them brought to the model's dtype by hand.
+adapters, in fp32; `peft_cast` has them brought to the model's dtype by hand. Single linears are called one
+after another out of a stack that no cache holds, as the layers of a model are.
 """
 
 from __future__ import annotations
@@ -27,16 +28,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hubkit import ops
 from hubkit.adapter import Adapter, LowRank
 from hubkit.base import load_base
 from hubkit.lora.runtime import LoraRuntime
 
 Forward = Callable[..., Any]
 
+LEAST_TURNS = 3
+STACK_BYTES = 200 << 20  # of the weights of single linears: more than caches hold
+
 
 def random_adapter(model: Any, rank: int) -> Adapter:
     """Rank-`rank` branches on every linear but the head."""
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
     branches = {}
     for path, linear in linears.items():
@@ -90,10 +95,9 @@ def medians(sides: dict[str, Callable[[], None]], seconds: float) -> dict[str, f
     """Median milliseconds of each side, the sides taking turns for about `seconds` in all."""
     for run in sides.values():
         run()
-        run()
     times: dict[str, list[float]] = {name: [] for name in sides}
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times["base"]) < 5:
+    while time.perf_counter() < end or len(times["base"]) < LEAST_TURNS:
         for name, run in sides.items():
             start = time.perf_counter()
             run()
@@ -131,16 +135,75 @@ def measure(model: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
         agreement = relative_error(forwards["hubkit"](ids).logits, forwards["peft"](ids).logits)
         for case, build in {"decode": decode, f"prefill {options.tokens}": prefill}.items():
             ms = medians({name: build(forward, ids) for name, forward in forwards.items()}, options.seconds)
-            rows.append(
-                {
-                    "case": case,
-                    **{f"{name}_ms": round(value, 2) for name, value in ms.items()},
-                    "ratio_to_base": round(ms["hubkit"] / ms["base"], 3),
-                    "speedup_vs_peft": round(ms["peft"] / ms["hubkit"], 2),
-                    "speedup_vs_peft_cast": round(ms["peft_cast"] / ms["hubkit"], 2),
-                    "max_error_vs_peft": agreement,
-                }
-            )
+            rows.append(row(case, ms) | {"max_error_vs_peft": agreement})
+    return rows
+
+
+def row(case: str, ms: dict[str, float]) -> dict[str, Any]:
+    return {
+        "case": case,
+        **{f"{name}_ms": round(value, 3) for name, value in ms.items()},
+        "ratio_to_base": round(ms["hubkit"] / ms["base"], 3),
+        "peft_to_base": round(ms["peft"] / ms["base"], 2),
+        "speedup_vs_peft": round(ms["peft"] / ms["hubkit"], 2),
+        "speedup_vs_peft_cast": round(ms["peft_cast"] / ms["hubkit"], 2),
+    }
+
+
+class Stack(nn.Module):
+    """Equal square linears, of which every call runs the next one."""
+
+    def __init__(self, size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        count = max(2, STACK_BYTES // (size * size * dtype.itemsize))
+        self.layers = nn.ModuleList(nn.Linear(size, size, bias=False, dtype=dtype) for _ in range(count))
+        self.turn = 0
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        self.turn = (self.turn + 1) % len(self.layers)
+        # as another tensor: linears that are given the same one are computed together
+        return self.layers[self.turn](x.view(x.shape), **options)
+
+
+def peft_stack(stack: Stack, adapters: dict[str, Adapter], rank: int, *, cast: bool) -> Any:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    wrapped = copy.deepcopy(stack)
+    for key, adapter in adapters.items():
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(adapter.branches))
+        wrapped = inject_adapter_in_model(config, wrapped, adapter_name=key)
+        for path, branch in adapter.branches.items():
+            layer = wrapped.get_submodule(path)
+            layer.lora_A[key].weight.data = branch.A.to(branch.A.dtype if cast else torch.float32)
+            layer.lora_B[key].weight.data = branch.B.to(branch.B.dtype if cast else torch.float32)
+    return wrapped.eval()
+
+
+@torch.no_grad()
+def measure_linear(size: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    torch.manual_seed(0)
+    dtype = getattr(torch, options.dtype)
+    stack = Stack(size, dtype).to(options.device)
+    keys = [f"adapter{i}" for i in range(options.adapters)]
+    adapters = {key: random_adapter(stack, options.rank) for key in keys}
+    row_keys = [keys[row * len(keys) // options.batch] for row in range(options.batch)]
+    lora = copy.deepcopy(stack)
+    runtime = LoraRuntime(lora)
+    for key, adapter in adapters.items():
+        runtime.add(key, adapter)
+    forwards: dict[str, Forward] = {
+        "base": stack,
+        "hubkit": lora,
+        "peft": partial(peft_stack(stack, adapters, options.rank, cast=False), adapter_names=row_keys),
+        "peft_cast": partial(peft_stack(stack, adapters, options.rank, cast=True), adapter_names=row_keys),
+    }
+    rows = []
+    with runtime.use([{key: 1.0} for key in row_keys]):
+        for case, tokens in {"decode": 1, f"prefill {options.tokens}": options.tokens}.items():
+            x = torch.randn(options.batch, tokens, size, dtype=dtype, device=options.device)
+            agreement = relative_error(forwards["hubkit"](x), forwards["peft"](x))
+            ms = medians({name: partial(forward, x) for name, forward in forwards.items()}, options.seconds)
+            rows.append(row(f"linear {size} {case}", ms) | {"max_error_vs_peft": agreement})
     return rows
 
 
@@ -172,7 +235,9 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64, help="tokens of a row at prefill and in the cache at decode")
-    parser.add_argument("--seconds", type=float, default=30, help="how long to measure each case")
+    parser.add_argument("--only", choices=("model", "linears"), help="not both")
+    parser.add_argument("--linears", type=int, nargs="*", default=[2048, 4096], help="sizes of single square linears")
+    parser.add_argument("--seconds", type=float, default=20, help="how long to measure each case")
     parser.add_argument("--format", choices=("human", "json"), default="human")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
@@ -182,10 +247,14 @@ def main() -> None:
     # the last position's states are a strided slice, for which torch would copy the head's weight once per
     # row
     base.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
-    rows = measure(base.model, options)
+    rows = [] if options.only == "linears" else measure(base.model, options)
+    for size in [] if options.only == "model" else options.linears:
+        rows += measure_linear(size, options)
     result = {
+        "date": time.strftime("%Y-%m-%d"),
         "base": base.name,
         **{name: getattr(options, name) for name in ("dtype", "batch", "adapters", "rank")},
+        "implementation": ops.implementation().__name__.rpartition(".")[2],
         "machine": machine(options.device),
         "rows": rows,
     }
@@ -193,9 +262,9 @@ def main() -> None:
         print(json.dumps(result))
         return
     print({name: value for name, value in result.items() if name != "rows"})
-    print(*(f"{name:>18}" for name in rows[0]))
+    print(*(f"{name:>20}" for name in rows[0]))
     for row in rows:
-        print(*(f"{value:>18}" for value in row.values()))
+        print(*(f"{value:>20}" for value in row.values()))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import metadata
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from urllib.parse import urlsplit
 
 from hubkit.base.sources import DEFAULT_BASE, aliases, at_hand
@@ -94,6 +96,16 @@ def triton(_: Scene) -> Check:
 
 
 @check
+def native(_: Scene) -> Check:
+    remedy = "Install a C++ compiler; until then torch computes adapters on a CPU, more slowly."
+    try:
+        library = _native_build().place()
+    except Exception as error:  # its BuildError, whose class only exists once it is loaded
+        return Check("native op", False, str(error), remedy, needed=False)
+    return Check("native op", True, "built" if library.exists() else "is built at its first use", needed=False)
+
+
+@check
 def disk(scene: Scene) -> Check:
     free = shutil.disk_usage(_existing(scene.home)).free
     remedy = "Free some space, or set HUBKIT_HOME to a larger disk."
@@ -153,6 +165,16 @@ def _package(name: str, low: Version | None, high: Version | None, remedy: str, 
     version = tuple(int(number) for number in re.findall(r"\d+", found)[:2])
     fits = (low is None or version >= low) and (high is None or version < high)
     return Check(name, fits, found, remedy, needed)
+
+
+def _native_build() -> ModuleType:
+    """hubkit.ops.native.build, by its file: importing it by name would import torch first."""
+    spec = spec_from_file_location("_hubkit_native_build", Path(__file__).parent / "ops" / "native" / "build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _cpu() -> str:

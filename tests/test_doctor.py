@@ -30,7 +30,7 @@ def find(name, **options):
 def test_every_question_is_answered_and_a_good_answer_needs_no_remedy(tmp_path):
     checks = run_checks(tmp_path)
     names = [check.name for check in checks]
-    assert names == ["python", "torch", "device", "triton", "disk", "store", "network", "base", "vllm"]
+    assert names == ["python", "torch", "device", "triton", "native op", "disk", "store", "network", "base", "vllm"]
     for check in checks:
         assert check.detail
         assert bool(check.remedy) is not check.ok
@@ -119,3 +119,24 @@ def test_where_the_default_base_is(monkeypatch, tmp_path):
     found = find("base", home=tmp_path)
     assert found.ok
     assert "ready" in found.detail
+
+
+def test_native_op(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    assert find("native op").detail == "is built at its first use"
+    assert not (tmp_path / "hubkit").exists()
+    library = doctor._native_build().place()
+    library.parent.mkdir(parents=True)
+    library.touch()
+    assert find("native op").detail == "built"
+    library.with_suffix(".failed").touch()
+    assert not find("native op").ok
+    compiler.unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "no C++ compiler" in find("native op").detail
+    assert not find("native op").needed

@@ -1,4 +1,4 @@
-"""The multi-LoRA linear: the naive op against an fp64 formula, the CPU op against the naive one."""
+"""The multi-LoRA linear: the naive op against an fp64 formula, the CPU ops against the naive one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from hubkit import ops
-from hubkit.ops import cpu, naive
+from hubkit.ops import cpu, naive, native
+
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(bool(native.unavailable()), reason=native.unavailable()))
+EVERY = ["naive", "cpu", NATIVE]
+FAST = EVERY[1:]
+RUNNING = ["naive", "cpu"] if native.unavailable() else ["naive", "cpu", "native"]
 
 # relative to the largest output: fp32 sums in another order; bf16 and fp16 round the shrunk rows once and the
 # output twice (base, then base + delta)
@@ -84,6 +89,13 @@ def error(y: Tensor, reference: Tensor) -> float:
     return float((y.double() - reference.double()).abs().max() / reference.double().abs().max().clamp_min(1e-6))
 
 
+def run(implementation: str, case: Case) -> Tensor:
+    module = ops.IMPLEMENTATIONS[implementation]
+    plan = module.plan([(module.route(case.C, case.group), case.A, case.Bt)])
+    (y,) = plan(case.x, [(case.weight, case.bias)])
+    return y
+
+
 RANKS = [1, 4, 8, 16, 33, 64]
 ROUTINGS = {
     "one row": {"tokens": [1], "mixtures": [[2]], "ranks": RANKS},
@@ -124,21 +136,32 @@ ROUTINGS = {
         "ranks": [4, 8] * 6,
     },
     "a lone group": {"tokens": [70], "mixtures": [[1, 3]], "ranks": RANKS},
+    "thirty-two adapters, mixed ranks": {
+        "tokens": [1] * 32,
+        "mixtures": [[i] for i in range(32)],
+        "ranks": [1, 4, 8, 16, 33, 64, 128, 2] * 4,
+    },
+    "more rows than a block, every adapter": {
+        "tokens": [100, 1, 49],
+        "mixtures": [list(range(7)), [6], [0, 6]],
+        "ranks": [*RANKS, 128],
+    },
 }
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize(("K", "N"), [(24, 20), (1, 1), (129, 67)])
 @pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_matrix(dtype: torch.dtype, routing: str, K: int, N: int, bias: bool) -> None:
     case = build(**ROUTINGS[routing], K=K, N=N, bias=bias, dtype=dtype)  # type: ignore[arg-type]
     plain = naive.multilora_linear(*case.arguments)  # type: ignore[arg-type]
-    fast = ops.multilora_linear(*case.arguments)  # type: ignore[arg-type]
-    assert plain.dtype == fast.dtype == dtype
-    assert plain.shape == fast.shape == (len(case.group), N)
     assert error(plain, case.exact()) < TOLERANCE[dtype]
-    assert error(fast, plain) < TOLERANCE[dtype]
+    for implementation in RUNNING:
+        y = run(implementation, case)
+        assert y.dtype == dtype
+        assert y.shape == (len(case.group), N)
+        assert error(y, plain) < TOLERANCE[dtype], implementation
 
 
 def is_batched(case: Case) -> bool:
@@ -154,6 +177,8 @@ def test_long_segments_take_the_batched_path() -> None:
 @settings(max_examples=120, deadline=None)
 @given(data=st.data())
 def test_any_shape(data: st.DataObject) -> None:
+    # in fp32 the native op runs, in fp64, where a sum that cancels cannot hide an error, the others
+    dtype = data.draw(st.sampled_from([torch.float64, torch.float32]))
     ranks = data.draw(st.lists(st.sampled_from([1, 2, 5, 8, 16, 33]), max_size=5))
     batch = data.draw(st.integers(1, 6))
     length = data.draw(st.sampled_from([None, 1, 16, 64]))
@@ -166,14 +191,15 @@ def test_any_shape(data: st.DataObject) -> None:
         K=data.draw(st.integers(1, 40)),
         N=data.draw(st.integers(1, 40)),
         bias=data.draw(st.booleans()),
-        dtype=torch.float64,  # a sum that cancels would need a tolerance of its own in fp32
+        dtype=dtype,
         gap=data.draw(st.integers(0, 2)),
         seed=data.draw(st.integers(0, 999)),
     )
-    assert error(ops.multilora_linear(*case.arguments), case.exact()) < TOLERANCE[torch.float64]  # type: ignore[arg-type]
+    for implementation in RUNNING:
+        assert error(run(implementation, case), case.exact()) < 8 * TOLERANCE[dtype], implementation
 
 
-@pytest.mark.parametrize("implementation", ["naive", "cpu"])
+@pytest.mark.parametrize("implementation", EVERY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tokens", [1, 32])
 def test_base_rows_are_the_base_to_the_bit(
@@ -190,8 +216,12 @@ def test_base_rows_are_the_base_to_the_bit(
     assert not torch.equal(y[~is_base], base[~is_base])
 
 
+@pytest.mark.parametrize("implementation", FAST)
 @pytest.mark.parametrize("tokens", [1, 32])
-def test_order_of_rows_and_adapters_does_not_matter(tokens: int) -> None:
+def test_order_of_rows_and_adapters_does_not_matter(
+    tokens: int, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HUBKIT_OPS", implementation)
     mixtures: list[list[int]] = [[0], [1, 2], [], [3], [4], [5]]
     case = build(tokens=[tokens] * 6, mixtures=mixtures, ranks=[8, 4, 4, 8, 8, 8], gap=0)
     assert is_batched(case) == (tokens == 32)
@@ -211,7 +241,7 @@ def test_order_of_rows_and_adapters_does_not_matter(tokens: int) -> None:
     assert error(moved, y[rows]) < TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("implementation", ["naive", "cpu"])
+@pytest.mark.parametrize("implementation", EVERY)
 def test_strided_inputs(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HUBKIT_OPS", implementation)
     case = build(tokens=[16] * 5, mixtures=[[i] for i in range(5)], ranks=[8] * 5, K=24)
@@ -230,13 +260,15 @@ def test_strided_inputs(implementation: str, monkeypatch: pytest.MonkeyPatch) ->
     assert error(y.reshape(80, -1), expected) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize("implementation", FAST)
 @pytest.mark.parametrize("tokens", [1, 32])
-def test_linears_with_a_common_input(tokens: int) -> None:
+def test_linears_with_a_common_input(tokens: int, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """q, k, v in one plan: other widths, other layouts, the same values as one by one."""
     cases = [
         build(tokens=[tokens] * 6, mixtures=[[0], [1], [2], [], [3], [4]], ranks=ranks, N=N, seed=seed)
         for seed, (ranks, N) in enumerate([([8] * 5, 20), ([4, 8, 4, 8, 8], 12), ([8] * 5, 33)])
     ]
+    monkeypatch.setenv("HUBKIT_OPS", implementation)
     x = cases[0].x
     plan = ops.plan([(ops.route(case.C, case.group), case.A, case.Bt) for case in cases])
     assert all(is_batched(case) == (tokens == 32) for case in cases)
@@ -246,13 +278,14 @@ def test_linears_with_a_common_input(tokens: int) -> None:
         assert error(y, naive.multilora_linear(*case.arguments)) < TOLERANCE[torch.float32]  # type: ignore[arg-type]
 
 
-def test_coefficients_are_not_rounded_to_the_model_dtype() -> None:
+@pytest.mark.parametrize("implementation", FAST)
+def test_coefficients_are_not_rounded_to_the_model_dtype(implementation: str) -> None:
     """0.7's nearest bf16 is 0.2% off; over many rows of the same sign such an error would not average out."""
     case = build(tokens=[64], mixtures=[[0]], ranks=[16], dtype=torch.bfloat16, K=64, N=64)
     case.weight.zero_()
     case.C[case.C != 0] = 0.7
     exact = case.exact()
-    slope = (ops.multilora_linear(*case.arguments).double() * exact).sum() / exact.square().sum()  # type: ignore[arg-type]
+    slope = (run(implementation, case).double() * exact).sum() / exact.square().sum()
     assert abs(float(slope) - 1) < 4e-4
 
 
@@ -273,9 +306,16 @@ def test_unknown_implementation_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
         ops.implementation()
 
 
-def test_repeats_are_equal_to_the_bit() -> None:
+@pytest.mark.parametrize("implementation", FAST)
+def test_repeats_are_equal_to_the_bit(implementation: str) -> None:
     for tokens, dtype in itertools.product([1, 32], [torch.float32, torch.bfloat16]):
         case = build(tokens=[tokens] * 5, mixtures=[[i] for i in range(5)], ranks=[8] * 5, dtype=dtype)
-        first = ops.multilora_linear(*case.arguments)  # type: ignore[arg-type]
-        for _ in range(20):
-            assert torch.equal(ops.multilora_linear(*case.arguments), first)  # type: ignore[arg-type]
+        first = run(implementation, case)
+        for _ in range(200):
+            assert torch.equal(run(implementation, case), first)
+
+
+def test_without_adapters_only_the_base_runs() -> None:
+    case = build(tokens=[4, 4], mixtures=[[], []], ranks=[8])
+    for implementation in RUNNING:
+        assert torch.equal(run(implementation, case), linear(case.x, case.weight, case.bias))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,15 @@ from hubkit.lora.arena import Arena
 
 if TYPE_CHECKING:
     from hubkit.lora.linear import MultiLoraLinear
+
+
+class _Step(NamedTuple):
+    """What a leader does for one shape of input. The parameters are here because a module takes longer to find
+    them than the rest of a look-up takes."""
+
+    plan: ops.Plan | None  # None: the bare base
+    weights: list[tuple[Tensor, Tensor | None]]
+    followers: list[MultiLoraLinear]
 
 
 class Routing:
@@ -41,7 +50,7 @@ class Routing:
                 if weight:
                     self.weights[g, column[key]] = weight
         self._routes: dict[tuple[Any, ...], Any] = {}
-        self._plans: dict[tuple[MultiLoraLinear, int], tuple[list[MultiLoraLinear], ops.Plan | None]] = {}
+        self._steps: dict[tuple[MultiLoraLinear, int], _Step] = {}
         self._leader: MultiLoraLinear | None = None
         self._input: Tensor | None = None
         self._version = 0
@@ -50,19 +59,20 @@ class Routing:
     def forward(self, linear: MultiLoraLinear, x: Tensor) -> Tensor:
         """The output of `linear` under this routing."""
         if x is self._input and x._version == self._version:
-            if linear in self._waiting:
-                return self._waiting.pop(linear)
+            waiting = self._waiting.pop(linear, None)
+            if waiting is not None:
+                return waiting
             self._learn(linear)
         # a lone group needs no rows, so its plan serves any number of tokens
         tokens = 0 if self.rows is None else self._tokens_per_row(x)
-        members, plan = self._plans.get((linear, tokens)) or self._plan(linear, tokens, x.device)
+        plan, weights, followers = self._steps.get((linear, tokens)) or self._step(linear, tokens, x.device)
         if plan is None:
             return torch.nn.functional.linear(x, linear.weight, linear.bias)
-        outputs = plan(x, [(member.weight, member.bias) for member in members])
+        output, *others = plan(x, weights)
         if not x.is_inference():  # without a version counter, a change of x in place would go unnoticed
             self._leader, self._input, self._version = linear, x, x._version
-            self._waiting = dict(zip(members[1:], outputs[1:], strict=True))
-        return outputs[0]
+            self._waiting = dict(zip(followers, others, strict=True))
+        return output
 
     def close(self) -> None:
         """Let go of the last activations."""
@@ -83,28 +93,28 @@ class Routing:
         leader = self._leader
         if leader is not None and linear is not leader and linear not in leader.followers:
             leader.followers.append(linear)
-            self._plans = {key: plan for key, plan in self._plans.items() if key[0] is not leader}
+            self._steps = {key: step for key, step in self._steps.items() if key[0] is not leader}
 
     def _tokens_per_row(self, x: Tensor) -> int:
         assert self.rows is not None
-        if x.shape[0] != len(self.rows):
+        if x.size(0) != len(self.rows):
             raise UsageError(
                 f"The routing is for a batch of {len(self.rows)} rows, but a linear got an input of shape "
                 f"{tuple(x.shape)}.",
                 "Give one group index for each row of the batch, and inputs as [batch, tokens, features].",
             )
-        return x.shape[1] if x.dim() == 3 else x.numel() // (x.shape[0] * x.shape[-1])
+        return x.size(1) if x.dim() == 3 else x.numel() // (x.size(0) * x.size(-1))
 
-    def _plan(
-        self, leader: MultiLoraLinear, tokens: int, device: torch.device
-    ) -> tuple[list[MultiLoraLinear], ops.Plan | None]:
+    def _step(self, leader: MultiLoraLinear, tokens: int, device: torch.device) -> _Step:
         routes = {linear: self._route(linear.arena, tokens, device) for linear in (leader, *leader.followers)}
         # a linear without coefficients is the bare base, whoever leads it
         members = [linear for linear, route in routes.items() if route is not None]
-        plan = None
-        if routes[leader] is not None:
+        if routes[leader] is None:
+            step = _Step(None, [], [])
+        else:
             plan = ops.plan([(routes[linear], linear.arena.A, linear.arena.Bt) for linear in members])
-        return self._plans.setdefault((leader, tokens), (members, plan))
+            step = _Step(plan, [(linear.weight, linear.bias) for linear in members], members[1:])
+        return self._steps.setdefault((leader, tokens), step)
 
     def _route(self, arena: Arena, tokens: int, device: torch.device) -> Any:
         key = (arena.layout, tokens, device)

@@ -15,9 +15,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from hubkit.ops import cpu, naive
+from hubkit.ops import cpu, naive, native
 
-IMPLEMENTATIONS: dict[str, ModuleType] = {"naive": naive, "cpu": cpu}
+IMPLEMENTATIONS: dict[str, ModuleType] = {"naive": naive, "cpu": cpu, "native": native}
 
 
 class Plan(Protocol):
@@ -30,9 +30,11 @@ class Plan(Protocol):
 
 def implementation() -> ModuleType:
     """The module that computes: what HUBKIT_OPS names, else the fastest that runs here."""
-    name = os.environ.get("HUBKIT_OPS") or "cpu"
+    name = os.environ.get("HUBKIT_OPS") or ("cpu" if native.unavailable() else "native")
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"HUBKIT_OPS={name!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    if name == "native" and native.unavailable():
+        raise ValueError(f"HUBKIT_OPS=native cannot be used: {native.unavailable()}")
     return IMPLEMENTATIONS[name]
 
 
