@@ -167,7 +167,7 @@ def test_costs_are_counted(base: Base, runtime: LoraRuntime) -> None:
 
 
 def test_the_cheapest_plan_is_chosen(base: Base, runtime: LoraRuntime) -> None:
-    weights = np.ones((1, 40))
+    weights = np.ones((4, 40))
     few = setting(base, runtime, count=40, rank=2, tokens=2)
     many = setting(base, runtime, count=40, rank=2, tokens=20_000)
     for held, expected in ((few, "arena"), (many, "merge")):
