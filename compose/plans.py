@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compose.layout import Layout
 from compose.objective import Array
 from compose.stack import DeltaStack, FactorStack
 from hubkit.adapter import Adapter, LowRank
-from hubkit.likelihood import Batch, token_losses
 from hubkit.lora.runtime import LoraRuntime
 
 # floating-point operations that a machine does in the time it moves one byte
@@ -100,8 +100,8 @@ class Plan(ABC):
         """What scoring the candidates `weights` [P, N] at once would take."""
 
     @abstractmethod
-    def losses(self, weights: Array, batches: Sequence[Batch]) -> Iterator[Tensor]:
-        """For each batch the token losses of its rows under every candidate, [P, T] fp32."""
+    def losses(self, weights: Array, layouts: Sequence[Layout]) -> Iterator[Tensor]:
+        """For each layout the token losses of its rows under every candidate, [P, T] fp32."""
 
 
 class Resident(Plan):
@@ -111,12 +111,12 @@ class Resident(Plan):
     def groups(self, weights: Array) -> list[dict[str, float]]:
         """What the runtime should mix for each candidate; valid until the next call."""
 
-    def losses(self, weights: Array, batches: Sequence[Batch]) -> Iterator[Tensor]:
+    def losses(self, weights: Array, layouts: Sequence[Layout]) -> Iterator[Tensor]:
         groups = self.groups(weights)
-        for batch in batches:
-            rows = torch.arange(len(groups)).repeat_interleave(len(batch))
+        for layout in layouts:
+            rows = torch.arange(len(groups)).repeat_interleave(layout.rows)
             with self.setting.runtime.use(groups, rows):
-                yield token_losses(self.setting.model, batch.repeat(len(groups))).view(len(groups), -1)
+                yield layout.losses(len(groups))
 
     def _passing(self, path: str, ranks: int) -> tuple[float, float]:
         """Operations and bytes of sending every token of one candidate through `ranks` rank-1 components."""
@@ -245,13 +245,13 @@ class MergePlan(Plan):
         flops = delta if self.mode == "delta" else len(weights) * float(self._each.max())
         return Cost(flops, len(weights) * (self.setting.model_bytes + 2.0 * self._written))
 
-    def losses(self, weights: Array, batches: Sequence[Batch]) -> Iterator[Tensor]:
-        scored: list[list[Tensor]] = [[] for _ in batches]
+    def losses(self, weights: Array, layouts: Sequence[Layout]) -> Iterator[Tensor]:
+        scored: list[list[Tensor]] = [[] for _ in layouts]
         for candidate in torch.from_numpy(weights):
             with self._merged(candidate):
-                for held, batch in zip(scored, batches, strict=True):
-                    held.append(token_losses(self.setting.model, batch))
-        return map(torch.stack, scored)
+                for held, layout in zip(scored, layouts, strict=True):
+                    held.append(layout.losses(1))
+        return map(torch.cat, scored)
 
     @contextmanager
     def _merged(self, candidate: Tensor) -> Iterator[None]:
@@ -295,9 +295,9 @@ def _blank(adapter: Adapter) -> Adapter:
     return Adapter(branches, {}, adapter.config, adapter.meta)
 
 
-def count_tokens(model: Any, batches: Sequence[Batch], paths: Sequence[str]) -> tuple[dict[str, int], list[Tensor]]:
-    """One forward of the bare base: positions through each module, and the token losses of each batch, [1,
-    T].
+def count_tokens(model: Any, layouts: Sequence[Layout], paths: Sequence[str]) -> tuple[dict[str, int], list[Tensor]]:
+    """One forward of the bare base: positions through each module, and the token losses of each layout,
+    [1, T].
     """
     counts = dict.fromkeys(paths, 0)
 
@@ -309,7 +309,7 @@ def count_tokens(model: Any, batches: Sequence[Batch], paths: Sequence[str]) -> 
 
     hooks = [model.get_submodule(path).register_forward_pre_hook(counting(path)) for path in paths]
     try:
-        return counts, [token_losses(model, batch)[None] for batch in batches]
+        return counts, [layout.losses(1) for layout in layouts]
     finally:
         for hook in hooks:
             hook.remove()

@@ -111,7 +111,7 @@ def test_memory_bounds_the_candidates_of_a_forward(
 def test_a_candidate_is_scored_once(base: Base, runtime: LoraRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     population = Population(base, runtime, adapters_of(base, "delta"), encode(base), mode="delta")
     first = population.losses(WEIGHTS)
-    monkeypatch.setattr(plans, "token_losses", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr(population._layouts[0], "losses", lambda _: pytest.fail("scored again"))
     again = population.losses(np.vstack([WEIGHTS[::-1], -np.zeros((1, 3))]))
     np.testing.assert_array_equal(again.tokens[:-1], first.tokens[::-1])
     np.testing.assert_array_equal(again.tokens[-1], first.tokens[0])
@@ -127,7 +127,7 @@ def test_merging_leaves_the_base_as_it_was(base: Base, runtime: LoraRuntime, mon
         assert changed, "nothing was merged"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(plans, "token_losses", interrupted)
+    monkeypatch.setattr(population._layouts[0], "losses", interrupted)
     with pytest.raises(KeyboardInterrupt):
         population.losses(np.full((1, 3), 0.5))
     assert all(torch.equal(t, before[n]) for n, t in base.model.state_dict().items())
