@@ -7,8 +7,8 @@ padding, and what all prompts begin with is computed once. A copy of that row is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise, takewhile
-from typing import Any, Protocol
+from itertools import pairwise
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor
 from compose.t5 import PackedT5
 from hubkit.base import Base
 from hubkit.likelihood import collate, head_at, token_losses
+from hubkit.prefix import common_prefix
 from hubkit.prompt import Encoded
 
 # a further forward costs about as much as this many further tokens: below it, padding is cheaper than a new
@@ -123,11 +124,6 @@ def _agree(packed: Packed, padded: Sequence[Layout]) -> bool:
     if near is None:
         return bool((found - expected).abs().max() < ROUNDED)
     return torch.allclose(found, expected, rtol=near, atol=near)
-
-
-def common_prefix(sequences: Sequence[Sequence[Any]]) -> int:
-    """How many elements all sequences begin with alike."""
-    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*sequences, strict=False)))
 
 
 def buckets(lengths: Sequence[int], overhead: int) -> list[list[int]]:
