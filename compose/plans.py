@@ -12,15 +12,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from compose.layout import Layout
 from compose.objective import Array
+from compose.stack import DeltaStack, FactorStack
 from hubkit.adapter import Adapter, LowRank
-from hubkit.likelihood import Batch, token_losses
 from hubkit.lora.runtime import LoraRuntime
 
 # floating-point operations that a machine does in the time it moves one byte
@@ -54,13 +56,23 @@ class Setting:
         held = enumerate(self.adapters.values())
         return [(index, adapter.branches[path]) for index, adapter in held if path in adapter.branches]
 
-    @property
+    @cached_property
     def paths(self) -> list[str]:
         return list(dict.fromkeys(path for adapter in self.adapters.values() for path in adapter.branches))
 
-    @property
+    @cached_property
     def model_bytes(self) -> int:
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+    @cached_property
+    def factors(self) -> FactorStack:
+        """All adapters side by side; they have equal shapes in factor mode."""
+        return FactorStack(self.adapters, self.weight(self.paths[0]))
+
+    @cached_property
+    def deltas(self) -> dict[str, DeltaStack]:
+        """All branches on each module side by side."""
+        return {path: DeltaStack(self.branches(path), self.weight(path)) for path in self.paths}
 
     def weight(self, path: str) -> Tensor:
         return self.model.get_submodule(path).weight
@@ -88,8 +100,8 @@ class Plan(ABC):
         """What scoring the candidates `weights` [P, N] at once would take."""
 
     @abstractmethod
-    def losses(self, weights: Array, batches: Sequence[Batch]) -> Iterator[Tensor]:
-        """For each batch the token losses of its rows under every candidate, [P, T] fp32."""
+    def losses(self, weights: Array, layouts: Sequence[Layout]) -> Iterator[Tensor]:
+        """For each layout the token losses of its rows under every candidate, [P, T] fp32."""
 
 
 class Resident(Plan):
@@ -99,12 +111,12 @@ class Resident(Plan):
     def groups(self, weights: Array) -> list[dict[str, float]]:
         """What the runtime should mix for each candidate; valid until the next call."""
 
-    def losses(self, weights: Array, batches: Sequence[Batch]) -> Iterator[Tensor]:
+    def losses(self, weights: Array, layouts: Sequence[Layout]) -> Iterator[Tensor]:
         groups = self.groups(weights)
-        for batch in batches:
-            rows = torch.arange(len(groups)).repeat_interleave(len(batch))
+        for layout in layouts:
+            rows = torch.arange(len(groups)).repeat_interleave(layout.rows)
             with self.setting.runtime.use(groups, rows):
-                yield token_losses(self.setting.model, batch.repeat(len(groups))).view(len(groups), -1)
+                yield layout.losses(len(groups))
 
     def _passing(self, path: str, ranks: int) -> tuple[float, float]:
         """Operations and bytes of sending every token of one candidate through `ranks` rank-1 components."""
@@ -113,6 +125,12 @@ class Resident(Plan):
         tokens = self.setting.tokens.get(path, 0)
         return 2.0 * tokens * ranks * width, float(ranks * (width + 2 * tokens) * weight.element_size())
 
+    @cached_property
+    def _activations(self) -> float:
+        """Bytes of the inputs read and the outputs read and written once more for one candidate."""
+        sizes = ((self.setting.weight(path), self.setting.tokens.get(path, 0)) for path in self.setting.paths)
+        return float(sum(tokens * (w.shape[1] + 2 * w.shape[0]) * w.element_size() for w, tokens in sizes))
+
 
 class ArenaPlan(Resident):
     """Exact mixtures: all adapters resident once, each candidate only coefficients over their components."""
@@ -120,14 +138,18 @@ class ArenaPlan(Resident):
     name = "arena"
     modes = ("delta",)
 
+    @cached_property
+    def _each(self) -> Array:
+        """[N, 2]: operations and bytes that each adapter adds to a candidate which uses it."""
+        passing = [
+            [self._passing(path, branch.rank) for path, branch in adapter.branches.items()]
+            for adapter in self.setting.adapters.values()
+        ]
+        return np.array([np.sum(modules, axis=0) for modules in passing])
+
     def cost(self, weights: Array) -> Cost:
-        flops = moved = 0.0
-        for path in self.setting.paths:
-            for index, branch in self.setting.branches(path):
-                each = self._passing(path, branch.rank)
-                used = np.count_nonzero(weights[:, index])
-                flops, moved = flops + used * each[0], moved + used * each[1]
-        return Cost(flops, moved + self.setting.model_bytes)
+        flops, moved = np.count_nonzero(weights, axis=0) @ self._each
+        return Cost(float(flops), float(moved) + len(weights) * self._activations + self.setting.model_bytes)
 
     def groups(self, weights: Array) -> list[dict[str, float]]:
         runtime = self.setting.runtime
@@ -148,53 +170,41 @@ class FactorsPlan(Resident):
     name = "factors"
     modes = ("factor",)
 
-    def __init__(self, setting: Setting, mode: str) -> None:
-        super().__init__(setting, mode)
-        self._first = next(iter(setting.adapters.values()))
-        self._stack: Tensor | None = None
+    @property
+    def _lead(self) -> Adapter:
+        return next(iter(self.setting.adapters.values()))
+
+    @cached_property
+    def _each(self) -> tuple[float, float]:
+        """Operations and bytes of composing one candidate and sending its tokens through."""
+        flops, moved = np.sum([self._passing(path, b.rank) for path, b in self._lead.branches.items()], axis=0)
+        composing = 2.0 * len(self.setting.adapters) * self._size
+        return float(flops) + composing, float(moved) + 8.0 * self._size + self._activations
+
+    @cached_property
+    def _size(self) -> int:
+        return sum(branch.A.numel() + branch.B.numel() for branch in self._lead.branches.values())
 
     def cost(self, weights: Array) -> Cost:
-        flops = moved = 0.0
-        for path, branch in self._first.branches.items():
-            each = self._passing(path, branch.rank)
-            flops, moved = flops + len(weights) * each[0], moved + len(weights) * each[1]
-        size = sum(branch.A.numel() + branch.B.numel() for branch in self._first.branches.values())
-        count = len(self.setting.adapters)
-        composing = Cost(2.0 * len(weights) * count * size, 4.0 * (count + 2 * len(weights)) * size)
-        return Cost(flops + composing.flops, moved + composing.bytes + self.setting.model_bytes)
+        flops, moved = self._each
+        once = 4.0 * len(self.setting.adapters) * self._size + self.setting.model_bytes
+        return Cost(len(weights) * flops, len(weights) * moved + once)
 
     def groups(self, weights: Array) -> list[dict[str, float]]:
-        stack = self._stacked()
-        composed = torch.from_numpy(weights).to(stack) @ stack
+        stack = self.setting.factors
         slots = [self._slot(index) for index in range(len(weights))]
-        for slot, flat in zip(slots, composed, strict=True):
-            self._write(self.setting.runtime.factors(slot), flat)
+        for slot, flat in zip(slots, stack.compose(torch.from_numpy(weights)), strict=True):
+            views = self.setting.runtime.factors(slot)
+            for path, A, Bt in stack.pieces(flat):
+                views[path][0].copy_(A)
+                views[path][1].copy_(Bt)
         return [{slot: 1.0} for slot in slots]
 
     def _slot(self, index: int) -> str:
         key = f"candidate {index}"  # no adapter's name holds a space
         if key not in self.setting.runtime.keys:
-            self.setting.runtime.add(key, _blank(self._first))
+            self.setting.runtime.add(key, _blank(self._lead))
         return key
-
-    def _stacked(self) -> Tensor:
-        """All factors of each adapter end to end, [N, parameters] fp32: A and Bᵀ of every module in turn."""
-        if self._stack is None:
-            device = self.setting.weight(next(iter(self._first.branches))).device
-            rows = []
-            for adapter in self.setting.adapters.values():
-                ordered = [adapter.branches[path] for path in self._first.branches]
-                flat = [part.flatten().float() for branch in ordered for part in (branch.A, branch.B.T)]
-                rows.append(torch.cat(flat))
-            self._stack = torch.stack(rows).to(device)
-        return self._stack
-
-    def _write(self, views: Mapping[str, tuple[Tensor, Tensor]], flat: Tensor) -> None:
-        start = 0
-        for path in self._first.branches:
-            for view in views[path]:
-                view.copy_(flat[start : start + view.numel()].view_as(view))
-                start += view.numel()
 
 
 class MergePlan(Plan):
@@ -210,57 +220,62 @@ class MergePlan(Plan):
 
     def __init__(self, setting: Setting, mode: str) -> None:
         super().__init__(setting, mode)
-        self._originals: dict[str, Tensor] = {}
+        self._scratch: dict[str, Tensor] = {}
 
     @classmethod
     def fits(cls, setting: Setting, mode: str) -> bool:
         exact = (torch.float32, torch.float64)
         return mode in cls.modes and all(setting.weight(path).dtype in exact for path in setting.paths)
 
-    def cost(self, weights: Array) -> Cost:
-        flops, moved = 0.0, float(len(weights) * self.setting.model_bytes)
-        for path in self.setting.paths:
-            weight = self.setting.weight(path)
-            held = [(np.count_nonzero(weights[:, index]), branch.rank) for index, branch in self.setting.branches(path)]
-            delta = sum(used * rank for used, rank in held)
-            ranks = delta if self.mode == "delta" else len(weights) * max(rank for _, rank in held)
-            flops += 2.0 * weight.numel() * ranks
-            moved += 2.0 * len(weights) * weight.numel() * weight.element_size()
-        return Cost(flops, moved)
+    @cached_property
+    def _each(self) -> Array:
+        """[N]: operations of adding each adapter to the weights."""
+        size = {path: self.setting.weight(path).numel() for path in self.setting.paths}
+        held = self.setting.adapters.values()
+        return np.array([sum(2.0 * size[path] * b.rank for path, b in a.branches.items()) for a in held])
 
-    def losses(self, weights: Array, batches: Sequence[Batch]) -> Iterator[Tensor]:
-        scored: list[list[Tensor]] = [[] for _ in batches]
-        for candidate in weights:
+    @cached_property
+    def _written(self) -> int:
+        """Bytes of the weights that a candidate changes."""
+        weights = (self.setting.weight(path) for path in self.setting.paths)
+        return sum(weight.numel() * weight.element_size() for weight in weights)
+
+    def cost(self, weights: Array) -> Cost:
+        delta = float(np.count_nonzero(weights, axis=0) @ self._each)
+        flops = delta if self.mode == "delta" else len(weights) * float(self._each.max())
+        return Cost(flops, len(weights) * (self.setting.model_bytes + 2.0 * self._written))
+
+    def losses(self, weights: Array, layouts: Sequence[Layout]) -> Iterator[Tensor]:
+        scored: list[list[Tensor]] = [[] for _ in layouts]
+        for candidate in torch.from_numpy(weights):
             with self._merged(candidate):
-                for held, batch in zip(scored, batches, strict=True):
-                    held.append(token_losses(self.setting.model, batch))
-        return map(torch.stack, scored)
+                for held, layout in zip(scored, layouts, strict=True):
+                    held.append(layout.losses(1))
+        return map(torch.cat, scored)
 
     @contextmanager
-    def _merged(self, candidate: Array) -> Iterator[None]:
-        """Within the block the model's weights are W + ΔW; after it they are W again, to the bit."""
+    def _merged(self, candidate: Tensor) -> Iterator[None]:
+        """Within the block the model's parameters show W + ΔW, which lies elsewhere: W itself is never touched."""
+        own = {path: self.setting.weight(path).data for path in self.setting.paths}
         try:
-            for path in self.setting.paths:
-                weight = self.setting.weight(path)
-                if path not in self._originals:
-                    self._originals[path] = weight.detach().clone()
-                B, A = self._update(path, candidate, weight)
-                torch.addmm(self._originals[path], B, A, out=weight.data)
+            for path, B, A in self._updates(candidate):
+                if path not in self._scratch:
+                    self._scratch[path] = torch.empty_like(own[path])
+                self.setting.weight(path).data = torch.addmm(own[path], B, A, out=self._scratch[path])
             yield
         finally:
-            for path, original in self._originals.items():
-                self.setting.weight(path).data.copy_(original)
+            for path, original in own.items():
+                self.setting.weight(path).data = original
 
-    def _update(self, path: str, candidate: Array, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """B' [out, R] and A' [R, in] whose product is the candidate's ΔW."""
-        used = [(float(candidate[index]), branch) for index, branch in self.setting.branches(path)]
-        if self.mode == "factor":
-            A = torch.stack([branch.A.to(weight) * w for w, branch in used]).sum(0)
-            B = torch.stack([branch.B.to(weight) * w for w, branch in used]).sum(0)
-            return B * used[0][1].scale, A
-        used = [(w, branch) for w, branch in used if w] or used[:1]
-        A = torch.cat([branch.A.to(weight) for _, branch in used])
-        return torch.cat([branch.B.to(weight) * (w * branch.scale) for w, branch in used], dim=1), A
+    def _updates(self, candidate: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(module path, B' [out, R], A' [R, in]) with ΔW = B'A' for the candidate [N]."""
+        if self.mode == "delta":
+            for path, held in self.setting.deltas.items():
+                yield path, *held.factors(candidate)
+            return
+        stack = self.setting.factors
+        for path, A, Bt in stack.pieces(stack.compose(candidate[None])[0]):
+            yield path, (Bt * stack.lead.branches[path].scale).T, A
 
 
 PLANS: dict[str, type[Plan]] = {plan.name: plan for plan in (ArenaPlan, FactorsPlan, MergePlan)}
@@ -268,7 +283,7 @@ PLANS: dict[str, type[Plan]] = {plan.name: plan for plan in (ArenaPlan, FactorsP
 
 def cheapest(plans: Sequence[Plan], weights: Array, device: str) -> Plan:
     """The plan whose counted work on these candidates is least."""
-    return min(plans, key=lambda plan: plan.cost(weights).total(device), default=plans[0])
+    return min(plans, key=lambda plan: plan.cost(weights).total(device))
 
 
 def _blank(adapter: Adapter) -> Adapter:
@@ -280,9 +295,9 @@ def _blank(adapter: Adapter) -> Adapter:
     return Adapter(branches, {}, adapter.config, adapter.meta)
 
 
-def count_tokens(model: Any, batches: Sequence[Batch], paths: Sequence[str]) -> tuple[dict[str, int], list[Tensor]]:
-    """One forward of the bare base: positions through each module, and the token losses of each batch, [1,
-    T].
+def count_tokens(model: Any, layouts: Sequence[Layout], paths: Sequence[str]) -> tuple[dict[str, int], list[Tensor]]:
+    """One forward of the bare base: positions through each module, and the token losses of each layout,
+    [1, T].
     """
     counts = dict.fromkeys(paths, 0)
 
@@ -294,7 +309,7 @@ def count_tokens(model: Any, batches: Sequence[Batch], paths: Sequence[str]) -> 
 
     hooks = [model.get_submodule(path).register_forward_pre_hook(counting(path)) for path in paths]
     try:
-        return counts, [token_losses(model, batch)[None] for batch in batches]
+        return counts, [layout.losses(1) for layout in layouts]
     finally:
         for hook in hooks:
             hook.remove()

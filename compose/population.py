@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 
 import numpy as np
 import torch
 
+from compose.layout import Layout, lay_out
 from compose.objective import Array, Losses
 from compose.plans import PLANS, Plan, Resident, Setting, cheapest, count_tokens
 from hubkit.adapter import Adapter
 from hubkit.base import Base
 from hubkit.errors import UsageError
-from hubkit.likelihood import Batch, collate
 from hubkit.lora.runtime import LoraRuntime
 from hubkit.prompt import Encoded
 
-# a further forward costs about as much as this many further tokens: below it, padding is cheaper than a new
-# batch
-OVERHEAD_TOKENS = {"cpu": 64, "cuda": 4096}
 MEMORY_SHARE = 0.25
 CPU_MEMORY = 2 << 30
 
@@ -27,7 +23,7 @@ CPU_MEMORY = 2 << 30
 class Population:
     """Candidate mixtures of `adapters` over `base`, scored on the encoded examples.
 
-    Everything that no weight changes is made once: token ids, batches of like length, stacked factors. Losses
+    Everything that no weight changes is made once: token ids, their layout, stacked factors. Losses
     are kept, so a candidate that comes again (in another fold, as a baseline) costs nothing.
     """
 
@@ -48,22 +44,13 @@ class Population:
         self.runtime = runtime
         self.mode = mode
         self.device = base.device.type
-        self._buckets = buckets([len(e.prompt) + len(e.target) for e in encoded], OVERHEAD_TOKENS.get(self.device, 64))
-        self._batches = [
-            collate([encoded[i] for i in bucket], base.pad_id, seq2seq=base.seq2seq).to(base.device)
-            for bucket in self._buckets
-        ]
-        self._rows = np.concatenate(
-            [
-                np.asarray(bucket)[batch.rows.cpu().numpy()]
-                for bucket, batch in zip(self._buckets, self._batches, strict=True)
-            ]
-        )
+        self._layouts = lay_out(base, encoded)
+        self._rows = torch.cat([layout.examples for layout in self._layouts]).numpy()
         self._order = np.argsort(self._rows, kind="stable")  # tokens in the order of the examples
         self._known: dict[bytes, Array] = {}
         setting = Setting(base.model, runtime, adapters, {})
         with torch.no_grad():
-            tokens, losses = count_tokens(base.model, self._batches, setting.paths)
+            tokens, losses = count_tokens(base.model, self._layouts, setting.paths)
         self._keep(np.zeros((1, len(adapters))), losses)
         setting = Setting(base.model, runtime, adapters, tokens)
         fitting = [cls(setting, mode) for cls in PLANS.values() if cls.fits(setting, mode)]
@@ -85,7 +72,7 @@ class Population:
             chunk = todo[start : start + self._room]
             plan = cheapest(self._plans, chunk, self.device)
             with torch.no_grad():
-                self._keep(chunk, list(plan.losses(chunk, self._batches)))
+                self._keep(chunk, list(plan.losses(chunk, self._layouts)))
         return Losses(np.stack([self._known[key] for key in rows]), self._rows[self._order])
 
     def group(self, weights: Array) -> dict[str, float]:
@@ -94,26 +81,26 @@ class Population:
             return self._resident.groups(weights[None])[0]
 
     def _keep(self, weights: Array, losses: Sequence[torch.Tensor]) -> None:
-        tokens = torch.cat([batch.double().cpu() for batch in losses], dim=1).numpy()[:, self._order]
+        tokens = torch.cat([part.double().cpu() for part in losses], dim=1).numpy()[:, self._order]
         for row, scored in zip(weights, tokens, strict=True):
             self._known[row.tobytes()] = scored
 
     def _candidates_at_once(self) -> int:
         """How many candidates one forward may hold without running out of memory."""
         free = torch.cuda.mem_get_info()[0] * MEMORY_SHARE if self.device == "cuda" else CPU_MEMORY
-        return max(1, int(free // max(_bytes(self.base, batch) for batch in self._batches)))
+        return max(1, int(free // max(_bytes(self.base, layout) for layout in self._layouts)))
 
 
-def _bytes(base: Base, batch: Batch) -> float:
-    """A generous estimate of what one forward of `batch` holds at its peak."""
+def _bytes(base: Base, layout: Layout) -> float:
+    """A generous estimate of what one candidate's forward holds at its peak."""
     config = base.model.config.get_text_config()
-    rows, width = batch.inputs["input_ids"].shape
+    rows, width = layout.rows, layout.width
     hidden = config.hidden_size
     inner = max(4 * hidden, *(int(getattr(config, key, 0) or 0) for key in ("intermediate_size", "d_ff")))
     heads = config.num_attention_heads
     vocabulary = base.model.get_output_embeddings().weight.shape[0]
     activations = rows * width * (10 * hidden + 3 * inner) + rows * heads * width**2 * 2
-    return 4.0 * activations + 12.0 * len(batch.targets) * vocabulary
+    return 4.0 * activations + 12.0 * len(layout.examples) * vocabulary
 
 
 def _wanted(plans: list[Plan], name: str | None, mode: str) -> list[Plan]:
@@ -125,21 +112,3 @@ def _wanted(plans: list[Plan], name: str | None, mode: str) -> list[Plan]:
     if not chosen:
         raise UsageError(f"The plan {name!r} can't run {mode} mixtures on this model.", "Leave the choice to hubkit.")
     return chosen
-
-
-def buckets(lengths: Sequence[int], overhead: int) -> list[list[int]]:
-    """Partition examples into batches of like length, so that padding and `overhead` tokens a batch are
-    least.
-
-    Sorted by length, each batch is a run of neighbours; the best cut before each position follows from the
-    earlier ones.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    best: list[tuple[float, int]] = [(0.0, 0)]  # cost of the first `end` examples, start of their last batch
-    for end in range(1, len(order) + 1):
-        longest = lengths[order[end - 1]]
-        best.append(min((best[start][0] + longest * (end - start) + overhead, start) for start in range(end)))
-    cuts = [len(order)]
-    while cuts[-1]:
-        cuts.append(best[cuts[-1]][1])
-    return [order[start:end] for start, end in pairwise(reversed(cuts))]

@@ -14,6 +14,7 @@ from hubkit.errors import UsageError
 from hubkit.generate import BATCH_SIZE, Progress, generate, routed
 from hubkit.likelihood import collate, row_means, token_losses
 from hubkit.metrics import bootstrap_interval, find_metric, majority_rate
+from hubkit.prefix import Prefix
 from hubkit.prompt import Encoded, Template
 from hubkit.ranking import Ranked, choice_losses
 from hubkit.task import Example
@@ -98,23 +99,24 @@ def _generate(job: _Job) -> tuple[list[str], list[float]]:
     """Predictions and losses by free generation."""
     encoded = [job.encode(example) for example in job.examples]
     losses = example_losses(job.base, encoded, batch_size=job.batch_size)
+    until = _next_example(job)
     texts = generate(
         job.base,
         [e.prompt for e in encoded],
         max_new_tokens=max(len(e.target) for e in encoded) + MARGIN,
+        until=until,
         batch_size=job.batch_size,
         progress=job.progress,
     )
-    return [_answer(text, job) for text in texts], losses
+    return [text if until is None else text.lstrip().split(until)[0] for text in texts], losses
 
 
-def _answer(text: str, job: _Job) -> str:
-    """`text` up to where the model goes on to invent a next example, as one that was not trained to stop
-    does."""
+def _next_example(job: _Job) -> str | None:
+    """What stands where a model that was not trained to stop goes on to invent a next example."""
     separator = job.template.separator
     if job.template.kind != "plain" or not separator or any(separator in e.output for e in job.examples):
-        return text
-    return text.lstrip().split(separator)[0]
+        return None
+    return separator
 
 
 def _choose(job: _Job) -> tuple[list[str], list[float]]:
@@ -142,9 +144,13 @@ def example_losses(base: Base, encoded: Sequence[Encoded], *, batch_size: int = 
     """Mean cross-entropy per target token of each example, in the order given."""
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].prompt) + len(encoded[i].target))
     losses = [0.0] * len(encoded)
+    prefix = Prefix(base, [e.prompt for e in encoded])
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        batch = collate([encoded[i] for i in rows], base.pad_id, seq2seq=base.seq2seq).to(base.device)
+        rest = [Encoded(encoded[i].prompt[prefix.length :], encoded[i].target) for i in rows]
+        batch = collate(rest, base.pad_id, seq2seq=base.seq2seq).to(base.device)
+        if prefix.length:
+            batch.inputs = prefix.inputs(**batch.inputs)
         for i, loss in zip(rows, row_means(token_losses(base.model, batch), batch).tolist(), strict=True):
             losses[i] = loss
     return losses

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from hubkit.base import Base
+from hubkit.likelihood import head_at
+from hubkit.prefix import Prefix
 
 Progress = Callable[[int, int], None]
 BATCH_SIZE = 32
@@ -27,25 +29,27 @@ def generate(
     max_new_tokens: int,
     runtime: Any = None,
     group: Mapping[str, float] | None = None,
+    until: str | None = None,
     batch_size: int = BATCH_SIZE,
     progress: Progress | None = None,
 ) -> list[str]:
     """The greedy continuation of each prompt (token ids) up to its end of sequence, as text, in order.
 
-    Prompts of like length share a batch, so there is little padding. The text of a prompt does not depend
-    on its neighbours except where two tokens are within rounding of a tie.
+    A text need not go on once `until` stands in it, leading space aside. Prompts of like length share a
+    batch, so there is little padding. The text of a prompt does not depend on its neighbours except where two
+    tokens are within rounding of a tie.
     """
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     texts = [""] * len(prompts)
-    with (
-        routed(runtime, group),
-        _greedy(base, max_new_tokens),
-        contiguous_head(base.model),
-        torch.inference_mode(),
-    ):
+    with routed(runtime, group), torch.inference_mode():
+        prefix = Prefix(base, prompts)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            tokens = _continue(base, [prompts[i] for i in rows])
+            batch = [prompts[i] for i in rows]
+            if base.seq2seq:
+                tokens = _from_encoder(base, batch, max_new_tokens)
+            else:
+                tokens = _continue(base, batch, prefix, max_new_tokens, until)
             decoded = base.tokenizer.batch_decode(tokens, skip_special_tokens=True)
             for i, text in zip(rows, decoded, strict=True):
                 texts[i] = text
@@ -54,12 +58,51 @@ def generate(
     return texts
 
 
-def _continue(base: Base, prompts: list[Sequence[int]]) -> Tensor:
-    """Token ids [rows, new tokens] that follow the prompts."""
-    # a decoder goes on where its prompt ends, so its padding is on the left; an encoder reads either way
-    ids, mask = pad(prompts, base.pad_id, left=not base.seq2seq)
-    tokens = base.model.generate(input_ids=ids.to(base.device), attention_mask=mask.to(base.device))
-    return tokens[:, 1:] if base.seq2seq else tokens[:, ids.shape[1] :]
+def _from_encoder(base: Base, prompts: list[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+    """The new tokens after each prompt, by the model's own generation."""
+    ids, mask = (t.to(base.device) for t in pad(prompts, base.pad_id))
+    with _greedy(base, max_new_tokens), contiguous_head(base.model):
+        return base.model.generate(input_ids=ids, attention_mask=mask)[:, 1:].tolist()
+
+
+def _continue(
+    base: Base, prompts: list[Sequence[int]], prefix: Prefix, max_new_tokens: int, until: str | None
+) -> list[list[int]]:
+    """The new tokens after each prompt of a decoder. Rows that are done leave the batch."""
+    model, stops = base.model, set(stop_tokens(base))
+    # it goes on where its prompt ends, so the padding is on the left
+    rest = [prompt[prefix.length :] for prompt in prompts]
+    inputs = prefix.inputs(*(t.to(base.device) for t in pad(rest, base.pad_id, left=True)))
+    written: list[list[int]] = [[] for _ in prompts]
+    alive = list(range(len(prompts)))
+    for step in range(max_new_tokens):
+        rows = torch.arange(len(alive), device=base.device)
+        with head_at(model, rows, torch.full_like(rows, inputs["input_ids"].shape[1] - 1)):
+            out = model(**inputs, use_cache=True)
+        tokens = out.logits[0].argmax(-1)
+        for row, token in zip(alive, tokens.tolist(), strict=True):
+            written[row].append(token)
+        kept = [i for i, row in enumerate(alive) if not _done(base, written[row], stops, until)]
+        if not kept or step + 1 == max_new_tokens:
+            break
+        keep = torch.tensor(kept, device=base.device)
+        if len(kept) < len(alive):
+            out.past_key_values.batch_select_indices(keep)
+            alive = [alive[i] for i in kept]
+        mask = inputs["attention_mask"][keep]
+        inputs = {
+            "input_ids": tokens[keep, None],
+            "attention_mask": torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1),
+            "position_ids": inputs["position_ids"][keep, -1:] + 1,
+            "past_key_values": out.past_key_values,
+        }
+    return written
+
+
+def _done(base: Base, tokens: list[int], stops: set[int], until: str | None) -> bool:
+    if tokens[-1] in stops:
+        return True
+    return until is not None and until in base.tokenizer.decode(tokens, skip_special_tokens=True).lstrip()
 
 
 @contextmanager

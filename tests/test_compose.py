@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compose.acceptance import Trial, folds, lowest, nothing
+from compose.layout import buckets
 from compose.method import DEFAULT, Brief, get_method, methods
 from compose.methods.lorahub import Overwritten
 from compose.methods.screen import screening, softmax_weights
 from compose.methods.screen_refine import mixtures
 from compose.objective import Array, ExampleMean, LoraHubObjective, Losses
 from compose.optimizer import BOUND, Optimizer, is_sequential, optimizer_name
-from compose.population import buckets
 from compose.rounds import Run, run_together
 from hubkit.errors import HubkitError, UsageError
 

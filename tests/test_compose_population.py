@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from compose import plans
+from compose.layout import Packed, Padded, lay_out
 from compose.objective import Array
 from compose.plans import ArenaPlan, Cost, FactorsPlan, MergePlan, Setting
 from compose.population import Population
+from compose.t5 import PackedT5
 from hubkit.adapter import Adapter
 from hubkit.base import Base
 from hubkit.errors import UsageError
@@ -111,7 +113,7 @@ def test_memory_bounds_the_candidates_of_a_forward(
 def test_a_candidate_is_scored_once(base: Base, runtime: LoraRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     population = Population(base, runtime, adapters_of(base, "delta"), encode(base), mode="delta")
     first = population.losses(WEIGHTS)
-    monkeypatch.setattr(plans, "token_losses", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr(population._layouts[0], "losses", lambda _: pytest.fail("scored again"))
     again = population.losses(np.vstack([WEIGHTS[::-1], -np.zeros((1, 3))]))
     np.testing.assert_array_equal(again.tokens[:-1], first.tokens[::-1])
     np.testing.assert_array_equal(again.tokens[-1], first.tokens[0])
@@ -127,7 +129,7 @@ def test_merging_leaves_the_base_as_it_was(base: Base, runtime: LoraRuntime, mon
         assert changed, "nothing was merged"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(plans, "token_losses", interrupted)
+    monkeypatch.setattr(population._layouts[0], "losses", interrupted)
     with pytest.raises(KeyboardInterrupt):
         population.losses(np.full((1, 3), 0.5))
     assert all(torch.equal(t, before[n]) for n, t in base.model.state_dict().items())
@@ -167,7 +169,7 @@ def test_costs_are_counted(base: Base, runtime: LoraRuntime) -> None:
 
 
 def test_the_cheapest_plan_is_chosen(base: Base, runtime: LoraRuntime) -> None:
-    weights = np.ones((1, 40))
+    weights = np.ones((4, 40))
     few = setting(base, runtime, count=40, rank=2, tokens=2)
     many = setting(base, runtime, count=40, rank=2, tokens=20_000)
     for held, expected in ((few, "arena"), (many, "merge")):
@@ -187,3 +189,63 @@ def test_sixteen_bit_weights_are_not_merged() -> None:
     full = tiny_base("llama")
     exact = Population(full, LoraRuntime(full.model), adapters, encoded, mode="delta").losses(WEIGHTS)
     np.testing.assert_allclose(rounded.examples, exact.examples, rtol=0.02)
+
+
+SHARED = [Encoded((7, 8, 9, 10, *e), (*t, 1)) for e, t in [((11, 12), (13,)), ((14,), (15, 16)), ((17, 3, 4), (5,))]]
+
+
+def losses_apart(base: Base, encoded: list[Encoded]) -> list[float]:
+    batches = (collate([row], base.pad_id, seq2seq=base.seq2seq) for row in encoded)
+    with torch.no_grad():
+        return [loss for batch in batches for loss in token_losses(base.model, batch).tolist()]
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_packed_examples_have_the_losses_that_they_have_alone(base: Base, copies: int) -> None:
+    (layout,) = layouts = lay_out(base, SHARED)
+    assert isinstance(layout, PackedT5 if base.seq2seq else Packed)
+    if not base.seq2seq:
+        tokens = sum(len(e.prompt) - 4 + len(e.target) - 1 for e in SHARED)
+        assert layouts[0].width == 4 + tokens, "the shared prefix is there once, and no token that predicts nothing"
+    assert layout.examples.tolist() == [i for i, e in enumerate(SHARED) for _ in e.target]
+    with torch.no_grad():
+        found = layout.losses(copies)
+    for row in found:
+        np.testing.assert_allclose(row, losses_apart(base, SHARED), rtol=1e-5)
+
+
+def test_a_model_that_minds_its_own_positions_gets_padded_rows() -> None:
+    base = tiny_base("llama")
+    for name, weight in base.model.named_parameters():
+        weight.data *= 20 if "_proj" in name else 1  # else it hardly minds where tokens stand
+    forward = base.model.forward
+    assert isinstance(lay_out(base, SHARED)[0], Packed)
+    base.model.forward = lambda *a, position_ids=None, **k: forward(*a, **k)
+    layouts = lay_out(base, SHARED)
+    assert all(isinstance(layout, Padded) for layout in layouts)
+    found = torch.cat([layout.losses(1)[0] for layout in layouts])
+    order = torch.cat([layout.examples for layout in layouts]).argsort(stable=True)
+    np.testing.assert_allclose(found[order], losses_apart(base, SHARED), rtol=1e-5)
+
+
+def test_long_targets_and_listeners_get_real_keys_and_values() -> None:
+    base = tiny_base("t5")
+    cross = base.model.decoder.block[0].layer[1].EncDecAttention
+    calls: list[str] = []
+    forward = torch.nn.Linear.forward
+    for name in ("k", "v"):
+        linear = getattr(cross, name)
+        linear.forward = lambda x, linear=linear, name=name: calls.append(name) or forward(linear, x)
+    few, many = SHARED, [Encoded((7, 8), (9,) * 40 + (1,))]
+    for encoded, expected in ((few, []), (many, ["k", "v"])):
+        calls.clear()
+        with torch.no_grad():
+            found = lay_out(base, encoded)[0].losses(1)[0]
+        assert calls == expected
+        np.testing.assert_allclose(found, losses_apart(base, encoded), rtol=1e-5)
+    calls.clear()
+    hook = cross.v.register_forward_pre_hook(lambda *_: None)
+    with torch.no_grad():
+        lay_out(base, few)[0].losses(1)
+    hook.remove()
+    assert calls == ["v"]
