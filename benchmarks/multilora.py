@@ -134,6 +134,8 @@ def measure(model: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
     with runtime.use([{key: 1.0} for key in row_keys]):
         agreement = relative_error(forwards["hubkit"](ids).logits, forwards["peft"](ids).logits)
         for case, build in {"decode": decode, f"prefill {options.tokens}": prefill}.items():
+            if options.only and not case.startswith(options.only):
+                continue
             ms = medians({name: build(forward, ids) for name, forward in forwards.items()}, options.seconds)
             rows.append(row(case, ms) | {"max_error_vs_peft": agreement})
     return rows
@@ -235,7 +237,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64, help="tokens of a row at prefill and in the cache at decode")
-    parser.add_argument("--only", choices=("model", "linears"), help="not both")
+    parser.add_argument("--only", choices=("decode", "prefill", "linears"), help="one kind of case")
     parser.add_argument("--linears", type=int, nargs="*", default=[2048, 4096], help="sizes of single square linears")
     parser.add_argument("--seconds", type=float, default=20, help="how long to measure each case")
     parser.add_argument("--format", choices=("human", "json"), default="human")
@@ -248,7 +250,7 @@ def main() -> None:
     # row
     base.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
     rows = [] if options.only == "linears" else measure(base.model, options)
-    for size in [] if options.only == "model" else options.linears:
+    for size in options.linears if options.only in (None, "linears") else []:
         rows += measure_linear(size, options)
     result = {
         "date": time.strftime("%Y-%m-%d"),
