@@ -120,7 +120,7 @@ class Routing:
         key = (arena.layout, tokens, device)
         if key not in self._routes:
             C = self.coefficients(arena)
-            group = None if self.rows is None else self.rows.repeat_interleave(tokens).to(device)
-            used = C if group is None or not len(group) else C[group.unique().cpu()]
-            self._routes[key] = ops.route(C.to(device), group) if used.any() else None
+            group = None if self.rows is None else self.rows.repeat_interleave(tokens)
+            used = C if group is None or not len(group) else C[group.unique()]
+            self._routes[key] = ops.route(C, group, device) if used.any() else None
         return self._routes[key]

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from hubkit.ops import cpu, naive, native
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {"naive": naive, "cpu": cpu, "native": native}
+CPU = torch.device("cpu")
 
 
 class Plan(Protocol):
@@ -28,24 +31,46 @@ class Plan(Protocol):
         N]."""
 
 
-def implementation() -> ModuleType:
-    """The module that computes: what HUBKIT_OPS names, else the fastest that runs here."""
-    name = os.environ.get("HUBKIT_OPS") or ("cpu" if native.unavailable() else "native")
+def implementation(device: torch.device = CPU) -> ModuleType:
+    """The module that computes: what HUBKIT_OPS names (`triton:MODE` also names the kernel's mode), else the fastest
+    that runs on the device."""
+    name = os.environ.get("HUBKIT_OPS", "").partition(":")[0] or _fastest(device)
+    if name == "triton":
+        return _triton(device)
     if name not in IMPLEMENTATIONS:
-        raise ValueError(f"HUBKIT_OPS={name!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+        raise ValueError(f"HUBKIT_OPS={name!r} is not one of {', '.join(IMPLEMENTATIONS)}, triton")
     if name == "native" and native.unavailable():
         raise ValueError(f"HUBKIT_OPS=native cannot be used: {native.unavailable()}")
     return IMPLEMENTATIONS[name]
 
 
-def route(C: Tensor, group: Tensor | None) -> Any:
-    """Digest coefficients C [G, R] fp32 and the group [M] int64 of each input row (None: all of group 0)."""
-    return implementation().route(C, group)
+def _fastest(device: torch.device) -> str:
+    if device.type == "cuda" and find_spec("triton"):
+        return "triton"
+    return "cpu" if device.type != "cpu" or native.unavailable() else "native"
+
+
+def _triton(device: torch.device) -> ModuleType:
+    from hubkit.ops import gpu  # not at the top: triton is heavy, and absent where there is no Linux
+
+    if device.type != "cuda" and not gpu.INTERPRETED:
+        raise ValueError(f"HUBKIT_OPS=triton needs a GPU, not {device}, unless TRITON_INTERPRET=1 was set at the start")
+    return gpu
+
+
+def route(C: Tensor, group: Tensor | None, device: torch.device | None = None) -> Any:
+    """Digest coefficients C [G, R] fp32 and the group [M] int64 of each input row (None: all of group 0), for
+    linears on `device` (default: where C is). C and group that come from the host cost no synchronisation."""
+    device = device or C.device
+    module = implementation(device)
+    if module.__name__ == "hubkit.ops.gpu":  # counts on the host what it launches for
+        return module.route(C, group, device)
+    return module.route(C.to(device), None if group is None else group.to(device))
 
 
 def plan(members: Sequence[tuple[Any, Tensor, Tensor]]) -> Plan:
     """Bind (route, A [R, K], Bt [R, N]) of each linear. May copy factors: plan anew after they change."""
-    return implementation().plan(members)
+    return implementation(members[0][1].device).plan(members)
 
 
 def multilora_linear(

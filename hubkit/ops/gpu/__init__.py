@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from hubkit.ops import cpu
+from hubkit.ops.gpu.factors import compose_factors
 from hubkit.ops.gpu.launch import INTERPRETED, MODES, Call
 from hubkit.ops.gpu.plans import Problem, choose
 from hubkit.ops.gpu.routes import Route
 
-__all__ = ["INTERPRETED", "MODES", "Plan", "Route", "plan", "route"]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+__all__ = ["INTERPRETED", "MODES", "Plan", "Route", "compose_factors", "plan", "route"]
 
 
 class Plan:
@@ -31,8 +34,12 @@ class Plan:
             bundles.setdefault(id(route), []).append(index)
         self.members = members
         self.bundles = list(bundles.values())
+        self.trained = any(A.requires_grad or Bt.requires_grad for _, A, Bt in members)
 
     def __call__(self, x: Tensor, weights: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+        trained = torch.is_grad_enabled() and (self.trained or x.requires_grad)
+        if trained or x.dtype not in DTYPES:
+            return self.generic(x, weights)
         flat = x.reshape(-1, x.shape[-1])
         flat = flat if flat.stride(-1) == 1 else flat.contiguous()
         outputs: list[Tensor | None] = [None] * len(weights)
@@ -41,6 +48,11 @@ class Plan:
             for index, y in zip(bundle, made, strict=True):
                 outputs[index] = y.view(*x.shape[:-1], y.shape[-1])
         return outputs  # type: ignore[return-value]
+
+    @cached_property
+    def generic(self) -> cpu.Plan:
+        """Plain torch products, for what the kernels do not know: gradients, fp64."""
+        return cpu.Plan([(route.generic, A, Bt) for route, A, Bt in self.members])
 
     def _run(self, x: Tensor, weights: Sequence[tuple[Tensor, Tensor | None]], bundle: list[int]) -> Sequence[Tensor]:
         route = self.members[bundle[0]][0]
@@ -52,12 +64,13 @@ class Plan:
         problem = Problem(arch, x.element_size(), len(x), N, x.shape[1], ranks, batch_invariant())
         foreign = not all(weight.is_contiguous() for weight, _ in weights)  # only torch knows how to multiply those
         tile_plan = choose(problem, "separate" if foreign else forced)
-        As, Bts = (tuple(self.members[index][part] for index in bundle) for part in (1, 2))
+        As = tuple(self.members[index][1] for index in bundle)
+        Bts = tuple(self.members[index][2] for index in bundle)
         return MODES[tile_plan.mode](Call(x, weights, As, Bts, route, tile_plan, chained))
 
 
-def route(C: Tensor, group: Tensor | None) -> Route:
-    return Route(C, group, C.device)
+def route(C: Tensor, group: Tensor | None, device: torch.device | None = None) -> Route:
+    return Route(C, group, device or C.device)
 
 
 def plan(members: Sequence[tuple[Route, Tensor, Tensor]]) -> Plan:

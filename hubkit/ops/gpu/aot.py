@@ -24,7 +24,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hubkit.ops.gpu import kernels, routes
+from hubkit.ops.gpu import factors, kernels, routes
 from hubkit.ops.gpu.launch import MODES, Call
 from hubkit.ops.gpu.plans import TilePlan, rules
 
@@ -34,11 +34,17 @@ TARGETS = {
     "sm100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED_LIMIT = {"sm80": 163 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "gfx942": 64 << 10}  # bytes a program may have
+SHARED_LIMIT = {
+    "sm80": 163 << 10,
+    "sm90": 227 << 10,
+    "sm100": 227 << 10,
+    "gfx942": 64 << 10,
+}  # bytes a program may have
 MATRIX = {
     "cuda": re.compile(r"\b(UTC[HQ]MMA|[HQ]GMMA|HMMA|IMMA|DMMA)\b"),
     "hip": re.compile(r"\b(v_mfma)_"),
 }
+MODULES = (kernels, routes, factors)
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}
 
@@ -91,7 +97,7 @@ def launches(target: str) -> list[Launch]:
 
 def build(launch: Launch, target: str) -> Built:
     """Compile down to machine code and read its resources."""
-    function = getattr(kernels, launch.kernel, None) or getattr(routes, launch.kernel)
+    function = _kernel(launch.kernel)
     attrs = {path: [["tt.divisibility", 16]] for path in launch.aligned}
     source = ASTSource(function, dict(launch.signature), dict(launch.constants), attrs)
     made = triton.compile(source, target=TARGETS[target], options=dict(launch.options))
@@ -120,8 +126,14 @@ def _recorded(rule: dict[str, Any], target: str, itemsize: int) -> Iterator[Laun
         weights = [(empty(N, K), None) for N in Ns]
         chained = target in ("sm90", "sm100")
         MODES[plan.mode](Call(empty(M, K), weights, *arenas, routed, plan, chained))
+        places = torch.empty(20, dtype=torch.int32, device="meta")
+        factors.compose_factors(arenas[0][0], places, torch.empty(20, 20, device="meta"), places, 16)
     for kernel, kwargs in recorder.launched:
         yield _specialised(kernel, kwargs, plan, itemsize, len(Ns))
+
+
+def _kernel(name: str) -> Any:
+    return next(vars(module)[name] for module in MODULES if name in vars(module))
 
 
 class _Recorder:
@@ -131,7 +143,7 @@ class _Recorder:
         self.launched: list[tuple[str, dict[str, Any]]] = []
 
     def __enter__(self) -> _Recorder:
-        self._own = [(m, n, k) for m in (kernels, routes) for n, k in vars(m).items() if n.endswith("_kernel")]
+        self._own = [(m, n, k) for m in MODULES for n, k in vars(m).items() if n.endswith("_kernel")]
         for module, name, kernel in self._own:
             setattr(module, name, _Noted(self, name, kernel))
         return self
@@ -154,9 +166,11 @@ class _Noted:
 
 
 def _specialised(kernel: str, kwargs: dict[str, Any], plan: TilePlan, itemsize: int, members: int) -> Launch:
-    function = getattr(kernels, kernel, None) or getattr(routes, kernel)
+    function = _kernel(kernel)
     constexpr = {p.name for p in function.params if p.is_constexpr}
-    signature, constants, aligned = {}, {}, []
+    signature: dict[str, Any] = {}
+    constants: dict[str, Any] = {}
+    aligned: list[tuple[int, ...]] = []
     for index, name in enumerate(function.arg_names):
         value = kwargs.pop(name)
         if name in constexpr or (value == 1 if isinstance(value, int) else False):

@@ -1,10 +1,10 @@
 """The kernels. Each is a few calls of the shared device functions in `tiles.py`; `docs/kernel.md` has the picture.
 
-    shrink       S = (x Aᵀ) ⊙ C, rounded once                            first half of chained and separate
-    chained      base product, then + S Bt in its epilogue               F1: launched while the shrink still runs
-    ticketed     both in one launch: producers of S, then consumers      F2
-    recomputed   every block of outputs shrinks for itself on its way    F3: no workspace, for few ranks
-    separate     y += S Bt                                               F4: for a base product made elsewhere
+shrink       S = (x Aᵀ) ⊙ C, rounded once                            first half of chained and separate
+chained      base product, then + S Bt in its epilogue               F1: launched while the shrink still runs
+ticketed     both in one launch: producers of S, then consumers      F2
+recomputed   every block of outputs shrinks for itself on its way    F3: no workspace, for few ranks
+separate     y += S Bt                                               F4: for a base product made elsewhere
 """
 
 from __future__ import annotations
@@ -239,5 +239,5 @@ def ticketed_kernel(
     tl.debug_barrier()
     if tl.atomic_add(tickets + 1, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         tl.store(tickets + tl.arange(0, 2), tl.zeros((2,), tl.int32))  # the last one out resets, for a graph's replay
-        for unit in range(0, tiles * MEMBERS):
+        for unit in range(tiles * MEMBERS):
             tl.store(ready + unit, 0)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from hubkit.ops import cpu
 
 
 @triton.jit
@@ -69,8 +73,7 @@ class Route:
     """
 
     def __init__(self, C: Tensor, group: Tensor | None, device: torch.device, capacity: int | None = None) -> None:
-        self._used = (C != 0).cpu()
-        self._groups = None if group is None else group.cpu()
+        self._host = C.cpu(), None if group is None else group.cpu()
         self._capacities: dict[int, int] = {}
         self._fixed = capacity
         self.C = C.to(device).contiguous()
@@ -82,10 +85,16 @@ class Route:
         if self._fixed is not None:
             return self._fixed
         if tile not in self._capacities:
-            groups = torch.zeros(1, dtype=torch.long) if self._groups is None else self._groups
-            tiles = (self._used[rows.unique()].any(0) for rows in groups.split(tile))
+            C, group = self._host
+            group = torch.zeros(1, dtype=torch.long) if group is None else group
+            tiles = ((C[rows.unique()] != 0).any(0) for rows in group.split(tile))
             self._capacities[tile] = max((int(used.sum()) for used in tiles), default=0)
         return self._capacities[tile]
+
+    @cached_property
+    def generic(self) -> cpu.Route:
+        group = self._host[1]
+        return cpu.Route(self.C, None if group is None else group.to(self.C.device))
 
     def lists(self, tile: int) -> Lists:
         if tile not in self._lists:

@@ -126,9 +126,7 @@ def expand(
         at = S + (which * M + m).to(tl.int64)[:, None] * CAP + i[None, :]
         # not through L1: in one launch with its producers it could hold what lay there before
         s = tl.load(at, mask=(m[:, None] < M) & live[None, :], other=0.0, cache_modifier=".cg")
-        b = tl.load(
-            Bt + r.to(tl.int64)[:, None] * N + n[None, :], mask=live[:, None] & (n[None, :] < N), other=0.0
-        )
+        b = tl.load(Bt + r.to(tl.int64)[:, None] * N + n[None, :], mask=live[:, None] & (n[None, :] < N), other=0.0)
         acc = product(s, b, acc, UPCAST, PRECISION)
     return acc
 
