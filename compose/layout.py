@@ -110,7 +110,7 @@ def lay_out(base: Base, encoded: Sequence[Encoded]) -> list[Layout]:
         fits = PackedT5.fits(base.model)
         return [PackedT5(base.model, encoded, base.pad_id)] if fits else padded
     packed = Packed(base, encoded)
-    if packed.width > min(LONGEST, sum(lengths)) or not _agree(packed, padded):
+    if packed.width > LONGEST or not _agree(packed, padded):
         return padded
     return [packed]
 

@@ -28,8 +28,14 @@ class Losses:
     @property
     def examples(self) -> Array:
         """Mean token loss of each example, [P, n]: the measure that no grouping into batches can change."""
-        member = np.equal.outer(self.rows, np.arange(self.rows.max() + 1)).astype(np.float64)  # [T, n]
-        return self.tokens @ (member / member.sum(0))
+        return np.stack([_means(self.tokens[:, self.rows == i]) for i in range(self.rows.max() + 1)], axis=1)
+
+
+def _means(values: Array) -> Array:
+    """The mean of each row of [P, T], to the last bit the same whatever other rows there are: contiguous rows
+    are summed one by one, which matrix products and strided sums are not.
+    """
+    return np.ascontiguousarray(values).mean(1)
 
 
 class Objective(Protocol):
@@ -50,7 +56,7 @@ class ExampleMean:
     def __call__(self, losses: Losses, weights: Array) -> Array:
         examples = losses.examples
         kept = examples if self.keep is None else examples[:, list(self.keep)]
-        return kept.mean(1) + self.l1 * np.abs(weights).mean(1)
+        return _means(kept) + self.l1 * np.abs(weights).mean(1)
 
 
 @dataclass(frozen=True)

@@ -251,6 +251,16 @@ def test_runs_advance_together_in_one_population() -> None:
 # trials
 
 
+def test_a_candidates_score_does_not_depend_on_its_company() -> None:
+    draw = np.random.default_rng(0)
+    rows = np.repeat(np.arange(11), 3)
+    tokens, weights = draw.random((26, 33)), np.zeros((26, 2))
+    for objective in (ExampleMean(), ExampleMean((0, *range(2, 11)))):
+        together = objective(Losses(tokens, rows), weights)
+        alone = [objective(Losses(row[None], rows), weights[:1])[0] for row in tokens]
+        assert together.tolist() == alone
+
+
 @given(st.integers(2, 40))
 def test_folds_hold_out_every_example_once(examples: int) -> None:
     held_out = [i for fold in folds(examples) for i in fold]
