@@ -14,7 +14,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,9 @@ class Launch:
     """One kernel with all that Triton specialises it on."""
 
     kernel: str
-    plan: TilePlan
-    itemsize: int
-    members: int
+    plan: TilePlan = field(compare=False)  # of the first rule that launches this
+    itemsize: int = field(compare=False)
+    members: int = field(compare=False)
     signature: tuple[tuple[str, Any], ...]
     constants: tuple[tuple[str, Any], ...]
     aligned: tuple[tuple[int, ...], ...]  # paths of arguments that are multiples of 16
