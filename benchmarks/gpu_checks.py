@@ -248,8 +248,11 @@ def check_invariant(device: str, toy: bool, dtype: torch.dtype) -> Iterator[dict
     for adapters in (1, 4):
         sizes = (1, 7, 20) if toy else (1, 7, 32, 100, 512)
         K, N = (64, 48) if toy else (4096, 4096)
-        whole = build(sizes[-1], K, [N], [8] * adapters, [[i] for i in range(adapters)], dtype=dtype, device=device)
-        order = torch.arange(sizes[-1], device=device) % adapters  # neighbours use different adapters
+        ranks = [12, 8, 8, 8][:adapters]
+        whole = build(sizes[-1], K, [N], ranks, [[i] for i in range(adapters)], dtype=dtype, device=device)
+        # neighbours use different adapters; the first row's moves from the head of its tile's list, where it is when
+        # alone, to behind others, so that its ranks fall into the matrix instructions' steps differently
+        order = (adapters - 1 - torch.arange(sizes[-1], device=device)) % adapters
         results = []
         for M in sizes:
             part = Problem(**{**vars(whole), "x": whole.x[:M], "group": order[:M]})
