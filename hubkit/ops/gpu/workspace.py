@@ -14,6 +14,9 @@ def counters(device: torch.device, count: int) -> Tensor:
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     held = _counters.get((device, stream))
     if held is None or len(held) < count:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            # the zeroing would be a node of this graph, so only this graph may rely on it
+            return torch.zeros(count, dtype=torch.int32, device=device)
         if held is not None:
             _outgrown.append(held)
         held = _counters[device, stream] = torch.zeros(max(1024, 2 * count), dtype=torch.int32, device=device)
