@@ -150,8 +150,12 @@ def test_repeats_are_equal_to_the_bit_and_leave_no_trace(mode: str, monkeypatch:
 def test_a_row_does_not_depend_on_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HUBKIT_OPS", "triton")
     monkeypatch.setenv("HUBKIT_BATCH_INVARIANT", "1")
-    case = build(tokens=[1] * 150, mixtures=[[i % 5] for i in range(150)], ranks=[8] * 5, K=1100, N=70)
+    case = build(tokens=[1] * 150, mixtures=[[i % 5] for i in range(150)], ranks=[12, 8, 8, 33, 8], K=1100, N=70)
     whole = run(case)
+    alone = case.group.clone()
+    alone[torch.arange(150) % 7 != 3] = 149  # other neighbours, other lists, the same places
+    kept = alone == case.group
+    assert torch.equal(run(Case(**{**vars(case), "group": alone}))[kept], whole[kept])
     for rows in (torch.tensor([7]), torch.tensor([3, 149, 8]), torch.arange(40, 120)):
         part = Case(**{**vars(case), "x": case.x[rows], "group": case.group[rows]})
         if DEVICE.type == "cuda":
@@ -160,8 +164,9 @@ def test_a_row_does_not_depend_on_its_neighbours(monkeypatch: pytest.MonkeyPatch
             assert error(run(part), whole[rows]) < 1e-6
 
 
+@pytest.mark.parametrize("align", [1, 32])
 @pytest.mark.parametrize("tile", [16, 128])
-def test_routes_are_found_on_the_device_and_follow_changes_in_place(tile: int) -> None:
+def test_routes_are_found_on_the_device_and_follow_changes_in_place(tile: int, align: int) -> None:
     generator = torch.Generator().manual_seed(tile)
 
     def draw() -> tuple[torch.Tensor, torch.Tensor]:
@@ -169,14 +174,20 @@ def test_routes_are_found_on_the_device_and_follow_changes_in_place(tile: int) -
         return C, torch.randint(0, 9, (201,), generator=generator)
 
     def expected(C: torch.Tensor, group: torch.Tensor) -> list[list[int]]:
-        return [C[rows].ne(0).any(0).nonzero().squeeze(1).tolist() for rows in group.split(tile)]
+        lists = []
+        for rows in group.split(tile):
+            used = C[rows].ne(0).any(0).nonzero().squeeze(1).tolist()
+            blocks = sorted({r // align for r in used})
+            places = [block * align + j for block in blocks for j in range(align)]
+            lists.append([r if r in used else -1 for r in places])
+        return lists
 
     def found(lists: Any) -> list[list[int]]:
         return [row[:count].tolist() for row, count in zip(lists.rows.cpu(), lists.counts.tolist(), strict=True)]
 
     C, group = draw()
     route = gpu.Route(C, group, DEVICE, capacity=300)
-    lists = route.lists(tile)
+    lists = route.lists(tile, align)
     assert found(lists) == expected(C, group)
     address = lists.rows.data_ptr()
     C, group = draw()
@@ -192,6 +203,7 @@ def test_capacity_is_the_longest_list() -> None:
     route = gpu.route(case.C, case.group)
     assert route.capacity(16) == 16
     assert route.capacity(128) == 28
+    assert route.capacity(16, 32) == 64  # one that lies across two blocks
     assert gpu.route(case.C, None).capacity(16) == 12
 
 

@@ -66,7 +66,8 @@ class Plan:
         tile_plan = choose(problem, "separate" if foreign else forced)
         As = tuple(self.members[index][1] for index in bundle)
         Bts = tuple(self.members[index][2] for index in bundle)
-        return MODES[tile_plan.mode](Call(x, weights, As, Bts, route, tile_plan, chained))
+        call = Call(x, weights, As, Bts, route, tile_plan, chained, problem.invariant)
+        return MODES[tile_plan.mode](call)
 
 
 def route(C: Tensor, group: Tensor | None, device: torch.device | None = None) -> Route:

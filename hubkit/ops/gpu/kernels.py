@@ -18,6 +18,7 @@ from hubkit.ops.gpu.tiles import (
     factor_tile,
     finish,
     input_tile,
+    listed,
     member,
     place,
     product,
@@ -110,8 +111,7 @@ def recomputed_kernel(
     A = member(As, which, MEMBERS)
     count = tl.load(counts + tile * stride_counts)
     i = tl.arange(0, RANKS)
-    live = i < count
-    r = tl.load(rows + tile.to(tl.int64) * stride_rows + i, mask=live, other=0)
+    r, live = listed(rows, tile, i, count, stride_rows)
     acc = tl.zeros((BM, BN), tl.float32)
     shrunk = tl.zeros((BM, RANKS), tl.float32)
     for start in range(0, K, BK):

@@ -31,15 +31,17 @@ class Call:
     route: Route
     plan: TilePlan
     chained: bool = False  # programmatic dependent launch: sm90 and later
+    invariant: bool = False  # arena rows keep their places in a step, whatever the neighbours use
 
     def __post_init__(self) -> None:
         self.M, self.K = self.x.shape
         self.Ns = tuple(len(W) for W, _ in self.weights)
         self.Ws = tuple(W for W, _ in self.weights)
-        self.lists = self.route.lists(self.plan.tile)
+        align = self.plan.BR if self.invariant else 1
+        self.lists = self.route.lists(self.plan.tile, align)
         self.tiles = triton.cdiv(self.M, self.plan.tile)
         self.blocks = sum(triton.cdiv(N, self.plan.BN) for N in self.Ns)
-        self.ranks = max(16, -(-self.route.capacity(self.plan.tile) // 16) * 16)  # columns of S
+        self.ranks = max(16, -(-self.route.capacity(self.plan.tile, align) // 16) * 16)  # columns of S
         self.chunks = triton.cdiv(self.ranks, self.plan.shrink_BR)
         self.columns = min(self.chunks, self.plan.columns)
         self.split = self.plan.split(self.K)

@@ -16,10 +16,13 @@ from hubkit.ops import cpu
 def route_kernel(
     C, group, rows, counts,
     M, R, stride_c, stride_g, stride_rows,
-    BM: tl.constexpr, BR: tl.constexpr,
+    BM: tl.constexpr, BR: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """rows[tile, :counts[tile]]: ascending, the arena rows for which any of the tile's BM batch rows has a
-    coefficient. Grid: tiles."""
+    coefficient. Grid: tiles.
+
+    With ALIGN > 1 they come in whole blocks of ALIGN, -1 in the place of those unused: then an arena row's place in
+    its block, and so the order of every sum, is the same whatever else the tile uses."""
     tile = tl.program_id(0)
     m = tile * BM + tl.arange(0, BM)
     valid = m < M
@@ -30,9 +33,13 @@ def route_kernel(
         inside = valid[:, None] & (r < R)[None, :]
         c = tl.load(C + g[:, None] * stride_c + r[None, :], mask=inside, other=0.0)
         used = tl.max((c != 0).to(tl.int32), axis=0)
-        at = count + tl.cumsum(used, 0) - used
-        tl.store(rows + tile.to(tl.int64) * stride_rows + at, r, mask=used != 0)
-        count += tl.sum(used)
+        taken = used
+        if ALIGN > 1:
+            block = tl.max(tl.reshape(used, (BR // ALIGN, ALIGN)), axis=1)
+            taken = tl.reshape(tl.broadcast_to(block[:, None], (BR // ALIGN, ALIGN)), (BR,))
+        at = count + tl.cumsum(taken, 0) - taken
+        tl.store(rows + tile.to(tl.int64) * stride_rows + at, tl.where(used != 0, r, -1), mask=taken != 0)
+        count += tl.sum(taken)
     tl.store(counts + tile, count)
 
 
@@ -44,12 +51,12 @@ class Lists:
     tile stands for any (strides of zero).
     """
 
-    def __init__(self, C: Tensor, group: Tensor | None, tile: int) -> None:
-        """C [G, R] fp32; group [M] int32, or None for group 0 throughout."""
-        self.C, self.tile = C, tile
+    def __init__(self, C: Tensor, group: Tensor | None, tile: int, align: int) -> None:
+        """C [G, R] fp32; group [M] int32, or None for group 0 throughout; `align` as ALIGN of the kernel."""
+        self.C, self.tile, self.align = C, tile, align
         self.M = 1 if group is None else len(group)
         self.group = torch.zeros(1, dtype=torch.int32, device=C.device) if group is None else group
-        tiles, R = -(-self.M // tile), C.shape[1]
+        tiles, R = -(-self.M // tile), -(-C.shape[1] // align) * align
         self.rows = torch.empty(tiles, R, dtype=torch.int32, device=C.device)
         self.counts = torch.empty(tiles, dtype=torch.int32, device=C.device)
         alike = group is None
@@ -59,9 +66,10 @@ class Lists:
     def refresh(self) -> None:
         """Find the lists anew from what C and group hold now: one launch, no synchronisation."""
         R = self.C.shape[1]
+        BR = max(16, self.align, min(128, 4096 // self.tile))
         route_kernel[(len(self.counts),)](
-            self.C, self.group, self.rows, self.counts, self.M, R, self.C.stride(0), self.stride_group, R,
-            BM=self.tile, BR=max(16, min(128, 4096 // self.tile)), num_warps=4,
+            self.C, self.group, self.rows, self.counts, self.M, R, self.C.stride(0), self.stride_group,
+            self.rows.stride(0), BM=self.tile, BR=BR, ALIGN=self.align, num_warps=4,
         )  # fmt: skip
 
 
@@ -74,32 +82,34 @@ class Route:
 
     def __init__(self, C: Tensor, group: Tensor | None, device: torch.device, capacity: int | None = None) -> None:
         self._host = C.cpu(), None if group is None else group.cpu()
-        self._capacities: dict[int, int] = {}
+        self._capacities: dict[tuple[int, int], int] = {}
         self._fixed = capacity
         self.C = C.to(device).contiguous()
         self.group = None if group is None else group.to(device, torch.int32).contiguous()
-        self._lists: dict[int, Lists] = {}
+        self._lists: dict[tuple[int, int], Lists] = {}
 
-    def capacity(self, tile: int) -> int:
-        """The most arena rows that a tile of this height lists."""
+    def capacity(self, tile: int, align: int = 1) -> int:
+        """The most places that the list of a tile of this height has."""
         if self._fixed is not None:
-            return self._fixed
-        if tile not in self._capacities:
+            return -(-self._fixed // align) * align
+        if (tile, align) not in self._capacities:
             C, group = self._host
             group = torch.zeros(1, dtype=torch.long) if group is None else group
-            tiles = ((C[rows.unique()] != 0).any(0) for rows in group.split(tile))
-            self._capacities[tile] = max((int(used.sum()) for used in tiles), default=0)
-        return self._capacities[tile]
+            used = torch.nn.functional.pad(C != 0, (0, -C.shape[1] % align))
+            blocks = used.view(len(C), used.shape[1] // align, align).any(2)
+            longest = max((int(blocks[rows.unique()].any(0).sum()) for rows in group.split(tile)), default=0)
+            self._capacities[tile, align] = longest * align
+        return self._capacities[tile, align]
 
     @cached_property
     def generic(self) -> cpu.Route:
         group = self._host[1]
         return cpu.Route(self.C, None if group is None else group.to(self.C.device))
 
-    def lists(self, tile: int) -> Lists:
-        if tile not in self._lists:
-            self._lists[tile] = Lists(self.C, self.group, tile)
-        return self._lists[tile]
+    def lists(self, tile: int, align: int = 1) -> Lists:
+        if (tile, align) not in self._lists:
+            self._lists[tile, align] = Lists(self.C, self.group, tile, align)
+        return self._lists[tile, align]
 
     def refresh(self) -> None:
         """After C or group were changed in place: find all lists anew, on the device alone."""

@@ -31,6 +31,13 @@ def member(items, index, MEMBERS: tl.constexpr):
 
 
 @triton.jit
+def listed(rows, tile, i, count, stride_rows):
+    """(arena rows, which of them are live) of places i in the tile's list; a place may be empty (-1)."""
+    r = tl.load(rows + tile.to(tl.int64) * stride_rows + i, mask=i < count, other=-1)
+    return tl.maximum(r, 0), r >= 0
+
+
+@triton.jit
 def input_tile(x, m, k, M, K, stride_x, EVEN_K: tl.constexpr):
     """x [BM, BK]; rows and columns outside are zero."""
     at = x + m.to(tl.int64)[:, None] * stride_x + k[None, :]
@@ -83,8 +90,7 @@ def shrink_unit(
     m = tile * BM + tl.arange(0, BM)
     valid = m < M
     i = chunk * BR + tl.arange(0, BR)
-    live = i < count
-    r = tl.load(rows + tile.to(tl.int64) * stride_rows + i, mask=live, other=0)
+    r, live = listed(rows, tile, i, count, stride_rows)
     acc = tl.zeros((BM, BR), tl.float32)
     for start in range(split * K_SPLIT, tl.minimum((split + 1) * K_SPLIT, K), BK):
         k = start + tl.arange(0, BK)
@@ -121,8 +127,7 @@ def expand(
     """acc [BM, BN] + S Bt over the arena rows of the tile."""
     for start in range(0, count, BR):
         i = start + tl.arange(0, BR)
-        live = i < count
-        r = tl.load(rows + tile.to(tl.int64) * stride_rows + i, mask=live, other=0)
+        r, live = listed(rows, tile, i, count, stride_rows)
         at = S + (which * M + m).to(tl.int64)[:, None] * CAP + i[None, :]
         # not through L1: in one launch with its producers it could hold what lay there before
         s = tl.load(at, mask=(m[:, None] < M) & live[None, :], other=0.0, cache_modifier=".cg")
