@@ -298,6 +298,15 @@ def test_a_table_of_another_version_is_refused(tmp_path, monkeypatch: pytest.Mon
         plans.rules.cache_clear()
 
 
+def test_sizes_that_do_not_fit_are_refused_before_a_kernel_reads_past_the_end() -> None:
+    case = move(build(tokens=[3, 2], mixtures=[[0], [1]], ranks=[4, 4]))
+    route = gpu.route(case.C, case.group)
+    with pytest.raises(ValueError, match="x has 4 rows"):
+        gpu.plan([(route, case.A, case.Bt)])(case.x[:4], [(case.weight, None)])
+    with pytest.raises(ValueError, match="arena rows"):
+        gpu.plan([(route, case.A[:-1], case.Bt)])
+
+
 def test_an_unknown_mode_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HUBKIT_OPS", "triton:telepathy")
     case = build(**ROUTINGS["a lone group"])  # type: ignore[arg-type]

@@ -32,13 +32,16 @@ class Plan:
         bundles: dict[int, list[int]] = {}
         for index, (route, _, _) in enumerate(members):
             bundles.setdefault(id(route), []).append(index)
-        self.members = members
+        if any(not route.C.shape[1] == len(A) == len(Bt) for route, A, Bt in members):
+            raise ValueError("C, A and Bt of a linear differ in their number of arena rows")
+        self.members = [(route, A.contiguous(), Bt.contiguous()) for route, A, Bt in members]
         self.bundles = list(bundles.values())
         self.trained = any(A.requires_grad or Bt.requires_grad for _, A, Bt in members)
 
     def __call__(self, x: Tensor, weights: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
         trained = torch.is_grad_enabled() and (self.trained or x.requires_grad)
-        if trained or x.dtype not in DTYPES:
+        mixed = any(weight.dtype != x.dtype for weight, _ in weights)  # autocast
+        if trained or mixed or x.dtype not in DTYPES:
             return self.generic(x, weights)
         flat = x.reshape(-1, x.shape[-1])
         flat = flat if flat.stride(-1) == 1 else flat.contiguous()
@@ -56,6 +59,8 @@ class Plan:
 
     def _run(self, x: Tensor, weights: Sequence[tuple[Tensor, Tensor | None]], bundle: list[int]) -> Sequence[Tensor]:
         route = self.members[bundle[0]][0]
+        if route.group is not None and len(route.group) != len(x):  # a kernel would read past the end
+            raise ValueError(f"x has {len(x)} rows, but the route names the groups of {len(route.group)}")
         if len(x) == 0 or x.shape[1] == 0 or route.capacity(max(len(x), 1)) == 0:
             return [linear(x, weight, bias) for weight, bias in weights]
         (arch, chained), forced = target(x.device), forced_mode()
