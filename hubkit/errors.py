@@ -8,11 +8,16 @@ class HubkitError(Exception):
 
     def __init__(self, cause: str, remedy: str = "") -> None:
         super().__init__(cause)
-        self.cause = cause
-        self.remedy = remedy
+        self.cause = _bounded(cause)
+        self.remedy = _bounded(remedy)
 
     def __str__(self) -> str:
         return f"{self.cause} {self.remedy}".strip()
+
+
+def _bounded(text: str, limit: int = 1500) -> str:
+    """A screen of a sentence: the name or path in it may be megabytes of somebody else's."""
+    return text if len(text) <= limit else f"{text[: limit - 200]} ... {text[-200:]}"
 
 
 class UsageError(HubkitError):
@@ -31,6 +36,10 @@ class IntegrityError(HubkitError):
     """Bytes that are not what their digest says."""
 
     exit_code = 4
+
+
+class StorageError(HubkitError):
+    """The operating system refused: a full disk, a read-only folder, no permission, too many open files."""
 
 
 class PolicyError(HubkitError):

@@ -1,12 +1,11 @@
-"""The hub: one place to list, get, add, pull, tag and remove adapters and mixtures, by name.
+"""The hub: one place to list, get, add, pull, push, tag and remove adapters and mixtures, by name.
 
-Importing this loads no torch; `get`, `parts` and `add_adapter`, which deal in tensors, do when they are
-called.
+Importing this loads no torch; `get`, `parts` and `add_adapter`, which deal in tensors, do when they are called.
 """
 
 from __future__ import annotations
 
-import difflib
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,19 +14,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hubkit import strict_json
-from hubkit.entry import Entry, check_contents, describe
-from hubkit.errors import HubkitError, IntegrityError, NotFoundError, UsageError
+from hubkit.entry import Entry, describe, read_entry, stored_mixture
+from hubkit.errors import IntegrityError, NotFoundError, StorageError, UsageError
 from hubkit.index import Index
-from hubkit.mixture import Mixture, Part, merge_equal, parse, split_ref
+from hubkit.mixture import Mixture, Part, distinct, merge_equal, parse, split_ref
 from hubkit.paths import default_home
-from hubkit.policy import check_file_names, escape
-from hubkit.remotes import Source, open_source
+from hubkit.policy import check_file_names, checked_stream, escape
+from hubkit.pull import Pull
+from hubkit.push import push
+from hubkit.remotes import Pushed, Source, Terms, open_source, open_target
 from hubkit.remotes.folder import FolderSource
+from hubkit.remotes.names import Names
+from hubkit.remotes.target import Progress
+from hubkit.repair import check
 from hubkit.store import Ref, Store
-from hubkit.store.manifests import mixture_manifest
+from hubkit.store.blobs import hex_of
+from hubkit.store.manifests import Manifest, mixture_manifest
+from hubkit.store.staging import Staging
+from hubkit.store.verify import Progress as VerifyProgress
+from hubkit.store.verify import Report
+from hubkit.transfer import Transfer
 
 if TYPE_CHECKING:
     from hubkit.adapter import Adapter
+    from hubkit.catalogue import Finder, Found
+    from hubkit.catalogue.catalogue import Progress as CatalogueProgress
 
 
 class Hub:
@@ -37,14 +48,42 @@ class Hub:
         self.home = Path(home) if home else default_home()
         self.store = Store(self.home)
         self.index = Index()
+        self.remotes = Names(self.home)
 
     def entries(self) -> list[Entry]:
-        """All entries: the store's by name and tag, then the starter set's whose names the store does not
-        use.
-        """
-        own = [entry for name, tag in self.store.refs if (entry := self._listed(name, tag))]
+        """All entries: the store's by name and tag, then the starter set's whose names the store does not use."""
+        own = [entry for name, tag in self.store.refs if (entry := read_entry(self.store, name, tag))]
         taken = {entry.label for entry in own}
         return own + [entry for entry in self.index.entries() if entry.label not in taken]
+
+    def entries_at(self, place: str) -> list[Entry]:
+        """All entries of a store elsewhere (docs/remotes.md): `s3://bucket/hub`, a folder, or a named remote.
+
+        Raises:
+            UsageError: the place is no store.
+            NotFoundError, TransientError: it is not there, or can't be reached.
+        """
+        place = self.remotes.all().get(place.removesuffix(":"), place)
+        return open_target(place).entries()
+
+    def finder(self, progress: CatalogueProgress | None = None) -> Finder:
+        """Pages, searches and relations of entries, found by a catalogue: quick however large the store is.
+
+        `progress(done, total)` is called while the catalogue is made, which takes a while in a large store, once.
+        """
+        from hubkit.catalogue import Finder
+
+        return Finder(self.store, self.index, progress)
+
+    def search(
+        self, text: str, *, base: str | None = None, task: str | None = None, kind: str | None = None, limit: int = 20
+    ) -> Found:
+        """The best matches among entries and public adapters that the index points to; see `catalogue.search`.
+
+        Raises:
+            UsageError: there is nothing to search for, or no such kind.
+        """
+        return self.finder().search(text, base, task, kind, limit)
 
     def entry(self, name: str) -> Entry:
         """The entry that `name`, `name:tag` or `sha256:...` means.
@@ -82,7 +121,7 @@ class Hub:
         parts: list[Part] = []
         for part, entry in zip(written.parts, entries, strict=True):
             parts += self._expanded(Part(entry.label, entry.digest, part.weight), entry, mode)
-        return Mixture(_distinct(merge_equal(parts)), mode)
+        return Mixture(distinct(merge_equal(parts)), mode)
 
     def parts(self, text: str) -> tuple[list[Adapter], list[float], str]:
         """The adapters, weights and mode of the mixture that `text` means; one adapter has the weight 1."""
@@ -126,14 +165,21 @@ class Hub:
             NotFoundError: the folder or one of its files is missing.
         """
         plain, tag = split_ref(name if ":" in name else f"{name}:{tag}")
-        return self._ingest(FolderSource(Path(folder)), plain, tag, base=base)
+        source = FolderSource(Path(folder))
+        with self.store.staging() as staging:
+            for file in check_file_names((file.name for file in source.files()), source.url):
+                with source.open(file) as stream:
+                    staging.write(file, checked_stream(file, stream))
+            return self._keep(staging, Ref(plain, tag, ""), describe(staging.folder, staging.contents, base))
 
     def add_adapter(self, adapter: Adapter, name: str) -> Entry:
         """Take an adapter in memory into the store."""
-        split_ref(name)
-        with tempfile.TemporaryDirectory() as folder:
-            adapter.save(Path(folder))
-            return self.add(folder, name)
+        plain, tag = split_ref(name)
+        with self.store.staging() as staging:
+            adapter.save(staging.folder)
+            for file in check_file_names(os.listdir(staging.folder), "the adapter"):
+                staging.adopt(file)
+            return self._keep(staging, Ref(plain, tag, ""), describe(staging.folder, staging.contents))
 
     def add_mixture(self, mixture: Mixture, name: str, meta: Mapping[str, Any] | None = None) -> Entry:
         """Store a mixture: kilobytes that name its parts by digest, which gc then keeps.
@@ -160,28 +206,60 @@ class Hub:
             self.store.point(Ref(plain, tag, digest))
         return self.entry(f"{plain}:{tag}")
 
-    def pull(self, ref: str, name: str | None = None) -> Entry:
-        """Fetch an adapter from a remote: `hf://owner/name[@revision][/subfolder]`, `index:name`, a folder.
+    def pull(self, ref: str, name: str | None = None, transfer: Transfer | None = None) -> Entry:
+        """Fetch an entry from a remote (docs/remotes.md): `hf://owner/name`, `s3://bucket/hub#name`, `team:name` of a
+        named remote, a folder. What the store has whole is not fetched again; what it has damaged is replaced.
+
+        `transfer` counts what was fetched, and can tell of its progress.
 
         Raises:
-            PolicyError, IntegrityError, NotFoundError: it is refused, damaged or not there; the store is as
-                before.
+            PolicyError, IntegrityError, NotFoundError: it is refused, damaged or not there; no name is changed.
+            TransientError: the remote can't be reached, or keeps failing.
         """
-        source = open_source(ref)
+        source = self.open(ref)
         plain, tag = split_ref(name or source.name)
-        return self._ingest(source, plain, tag, url=source.url)
+        digest, manifest = Pull(transfer or Transfer(self.store), source, Ref(plain, tag, "")).run()
+        return Entry.of(plain, tag, digest, manifest, "store")
 
-    def tag(self, name: str, new: str) -> Entry:
-        """Let a further name (`name`, `name:tag`, or `:tag` of the same name) mean the entry's version."""
+    def push(
+        self, name: str, place: str, tag: str | None = None, terms: Terms = Terms(), progress: Progress | None = None
+    ) -> Pushed:
+        """Send an entry, with the parts of a mixture, to a remote. What is there already is not sent again.
+
+        Raises:
+            ConflictError: somebody else pushed there meanwhile, or it does not hold `terms.expected`.
+            IntegrityError: a file of the entry is damaged here; nothing is changed there.
+            UsageError: the place is malformed, or can't be pushed to.
+        """
+        entry = self._owned(self.entry(name))
+        return push(self, entry, open_target(self.remotes.expand(place)), tag, terms, progress)
+
+    def open(self, ref: str) -> Source:
+        """The entry at a remote that a reference means, named remotes included."""
+        return open_source(self.remotes.expand(ref))
+
+    def tag(self, name: str, new: str, *, expect: str | None = None) -> Entry:
+        """Let a further name (`name`, `name:tag`, or `:tag` of the same name) mean the entry's version.
+
+        `expect`, where given, is the digest that the new name must hold until then, or `none`: it must be free.
+
+        Raises:
+            ConflictError: it holds something else; nothing is changed.
+        """
         entry = self.entry(name)
         plain, tag = split_ref(entry.name + new if new.startswith(":") and entry.tag else new)
+        if expect not in (None, "none"):
+            hex_of(expect)
         with self.store.writing():
-            self.store.point(Ref(plain, tag, self._owned(entry).digest))
-        return self.entry(f"{plain}:{tag}")
+            ref = Ref(plain, tag, self._owned(entry).digest, self._origin(entry))
+            if expect is None:
+                self.store.point(ref)
+            else:
+                self.store.swap(ref, None if expect == "none" else expect)
+        return Entry.of(plain, tag, entry.digest, entry.manifest, "store")
 
     def remove(self, name: str) -> Ref:
-        """Forget a name, also a damaged one. Its version stays for mixtures that use it, and until gc
-        otherwise.
+        """Forget a name, also a damaged one. Its version stays for mixtures that use it, and until gc otherwise.
 
         Raises:
             NotFoundError: there is none.
@@ -201,46 +279,46 @@ class Hub:
         self.store.unpoint(plain, tag)
         return ref
 
-    def _ingest(self, source: Source, name: str, tag: str, *, base: str | None = None, url: str | None = None) -> Entry:
-        with self.store.staging() as staging:
-            for file in check_file_names(source.files(), source.url):
-                with source.open(file) as stream:
-                    staging.write(file, stream)
-            manifest = describe(staging.folder, staging.contents, base)
-            if source.manifest:
-                check_contents(source.manifest, staging.contents)
-                manifest = source.manifest
+    def verify(
+        self,
+        name: str | None = None,
+        *,
+        repair: bool = False,
+        source: str | None = None,
+        progress: VerifyProgress | None = None,
+    ) -> Report:
+        """Re-hash all that the store holds, or what one entry needs; with `repair`, fetch again what is damaged, from
+        the remote reference `source` or else from where it came.
+
+        Raises:
+            NotFoundError: there is no such entry.
+            IntegrityError: its name is damaged, or it is a starter adapter and damaged.
+        """
+        return check(self, name, repair, source, progress)
+
+    def _keep(self, staging: Staging, ref: Ref, manifest: Manifest) -> Entry:
+        """Make what is staged and checked a version and let `ref` name it, while gc is away."""
+        with self.store.writing():
             staging.keep()
             digest = self.store.put(manifest)
-            self.store.point(Ref(name, tag, digest, url))
-        return Entry.of(name, tag, digest, manifest, "store")
+            self.store.point(replace(ref, digest=digest))
+        return Entry.of(ref.name, ref.tag, digest, manifest, "store")
+
+    def _origin(self, entry: Entry) -> str | None:
+        """Where an entry was pulled from, as far as its name says."""
+        if entry.source == "index":
+            return f"index:{entry.name}"
+        ref = self.store.refs.read(entry.name, entry.tag) if entry.tag else None
+        return ref.source if ref else None
 
     def _owned(self, entry: Entry) -> Entry:
         """The same version, now in the store: a mixture must not depend on what a later hubkit ships."""
         if entry.source == "index":
-            with self.store.staging() as staging:
-                source = FolderSource(self.index.check(entry))
-                for file in entry.manifest["files"]:
-                    with source.open(file) as stream:
-                        staging.write(file, stream)
-                check_contents(entry.manifest, staging.contents)
-                staging.keep()
-                self.store.put(entry.manifest)
+            Pull(Transfer(self.store), open_source(f"index:{entry.name}")).run()
         return entry
 
     def _stored(self, name: str, tag: str, digest: str) -> Entry:
         return Entry.of(name, tag, digest, self.store.manifests.read(digest), "store")
-
-    def _listed(self, name: str, tag: str) -> Entry | None:
-        digest = ""
-        try:
-            ref = self.store.refs.read(name, tag)
-            if ref is None:  # removed since the names were listed
-                return None
-            digest = ref.digest
-            return self._stored(name, tag, digest)
-        except HubkitError:  # one damaged entry must not hide the others; `entry` and `verify` say what it is
-            return Entry.unreadable(name, tag, digest)
 
     def _by_digest(self, digest: str) -> Entry:
         if self.store.manifests.path(digest).exists():
@@ -251,11 +329,12 @@ class Hub:
         raise NotFoundError(f"There is no version {digest[:19]}.", "See `hubkit list`.")
 
     def _unknown(self, name: str) -> NotFoundError:
-        labels = [str(Ref(*ref, "")) for ref in self.store.refs] + [entry.name for entry in self.index.entries()]
-        tags = [label for label in labels if label.startswith(f"{name}:")]
-        near = tags[:3] or difflib.get_close_matches(name, labels, n=3, cutoff=0.5)
-        remedy = f"Did you mean {' or '.join(near)}?" if near else "See `hubkit list`."
-        return NotFoundError(f"There is no adapter or mixture {escape(name)}.", remedy)
+        plain, tag = split_ref(name)
+        cause = f"There is no adapter or mixture {escape(name)}."
+        if tag == "latest" and self.index.pointer(plain):
+            return NotFoundError(cause, f"The index knows where it is: hubkit pull index:{plain}")
+        near = [f"{plain}:{other}" for other in self.store.refs.tags(plain)][:3] or self.finder().guess(name)
+        return NotFoundError(cause, f"Did you mean {' or '.join(near)}?" if near else "See `hubkit list`.")
 
     def _expanded(self, part: Part, entry: Entry, mode: str) -> Sequence[Part]:
         if entry.kind == "adapter" or entry.manifest["mode"] != "delta" or mode != "delta":
@@ -295,25 +374,15 @@ class Hub:
         if entry.source == "index":
             yield self.index.check(entry)
             return
-        with tempfile.TemporaryDirectory() as folder:
+        try:
+            temporary = tempfile.TemporaryDirectory()
+        except OSError as error:
+            raise StorageError(
+                f"No temporary folder can be made: {error.strerror}.", "Set TMPDIR to one with room."
+            ) from None
+        with temporary as folder:
             self.store.link(entry.manifest, Path(folder))
             yield Path(folder)
-
-
-def stored_mixture(entry: Entry) -> Mixture:
-    """The mixture that a mixture's entry holds."""
-    parts = [Part(part["name"], part["digest"], part["weight"]) for part in entry.manifest["parts"]]
-    return Mixture(_distinct(tuple(parts)), entry.manifest["mode"])
-
-
-def _distinct(parts: Sequence[Part]) -> tuple[Part, ...]:
-    """The parts with names that differ: where two versions share a name, the later one goes by its digest."""
-    seen: set[str] = set()
-    found = []
-    for part in parts:
-        found.append(replace(part, name=part.digest) if part.name in seen and part.digest else part)
-        seen.add(part.name)
-    return tuple(found)
 
 
 def _as_json(meta: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,79 +1,112 @@
-"""The interface of remotes, and the registry that finds one by the scheme of a reference.
-
-A further remote is a module with a function `@remote("scheme")`, listed under the entry point group
-`hubkit.remotes` (the entry point's name is the scheme); nothing here changes for it.
-"""
+"""What reading one entry at a remote means: the interface that every remote implements, and a transfer uses."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from importlib import import_module
-from importlib.metadata import entry_points
-from pathlib import Path
-from typing import BinaryIO, Protocol
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol
 
-from hubkit.errors import UsageError
-from hubkit.policy import escape
+from hubkit.errors import HubkitError, NotFoundError
 from hubkit.store.manifests import Manifest
 
 
+class TransientError(HubkitError):
+    """A failure that may pass: a lost connection, a busy server, no byte for too long. Transfers try again.
+
+    `wait` is how many seconds the server asked to be left alone, or None.
+    """
+
+    def __init__(self, cause: str, remedy: str = "", wait: float | None = None) -> None:
+        super().__init__(cause, remedy or "Try again later.")
+        self.wait = wait
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """What a remote states of a file. Nothing of it is believed before the bytes agree.
+
+    `digest` is `sha256:<64 hex>`, or `git-sha1:<40 hex>` (a git blob's id: the bytes are compared with it but
+    never named by it), or None.
+    """
+
+    name: str
+    size: int | None = None
+    digest: str | None = None
+
+
+class Body(Protocol):
+    """Bytes that arrive in order. A remote turns what may pass into TransientError, and gives up on a silent
+    peer after `hubkit.remotes.patience.stall()` seconds."""
+
+    def read(self, size: int, /) -> bytes:
+        """At most `size` bytes, none only at the end."""
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class Stream:
+    """A file as it arrives. `start` is the offset that its first byte really has: what was asked for, or 0 where
+    the server sends the whole file after all."""
+
+    body: Body
+    start: int = 0
+
+    def read(self, size: int) -> bytes:
+        return self.body.read(size)
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.body.close()
+
+
 class Source(Protocol):
-    """One adapter at a remote. Its names and bytes are foreign: whoever reads it checks them."""
+    """One entry at a remote. Its names and bytes are foreign: whoever reads it checks them."""
 
     url: str  # where it is, down to the exact version where the remote has versions
     name: str  # what to call it where the user does not say
-    manifest: Manifest | None  # the manifest that its files must match, where the remote states one
+    manifest: Manifest | None = None  # what its files must match, where the remote states it
 
-    def files(self) -> list[str]:
-        """The names of its files."""
+    def files(self) -> list[RemoteFile]:
+        """Its files; none for a mixture.
 
-    def open(self, name: str) -> BinaryIO:
-        """One of them, as a stream of bytes."""
+        Raises:
+            NotFoundError: there is no such entry.
+        """
 
+    def open(self, name: str, start: int = 0) -> Stream:
+        """One of them from byte `start` on, or from its beginning if the remote can't do that.
 
-Opener = Callable[[str], Source]
+        Raises:
+            TransientError: trying again may help.
+        """
 
-GROUP = "hubkit.remotes"
-BUILT_IN = {"file": "folder", "index": "index", "hf": "huggingface"}
-SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):(.*)", re.DOTALL)
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+    def part(self, digest: str) -> Source:
+        """The entry with that version, one of those that this mixture mixes.
 
-_openers: dict[str, Opener] = {}
+        Raises:
+            NotFoundError: the remote does not hold it.
+        """
+        raise NotFoundError(f"{self.url} holds no parts.", "Push the mixture again.")
 
+    def signatures(self) -> list[str]:
+        """The digests by which the signatures of its version are named there: one request, or none where a listing
+        tells. A remote that keeps no signatures has none.
 
-def remote(scheme: str) -> Callable[[Opener], Opener]:
-    """Register the function that opens references `scheme:...`; it is given what follows the colon."""
+        Raises:
+            HubkitError: the remote does not say.
+        """
+        return []
 
-    def register(opener: Opener) -> Opener:
-        _openers[scheme] = opener
-        return opener
+    def signature(self, digest: str) -> Stream:
+        """One of them, from its first byte on.
 
-    return register
-
-
-def open_source(ref: str) -> Source:
-    """The adapter that `ref` names: `scheme:...`, or a folder.
-
-    Raises:
-        UsageError: no remote has that scheme, or the reference is malformed.
-        NotFoundError: there is no such adapter.
-    """
-    match = SCHEME.fullmatch(ref)
-    if match and not Path(ref).exists():
-        return _opener(match[1])(match[2])
-    if HUB_ID.fullmatch(ref) and not Path(ref).exists():
-        raise UsageError(f"There is no folder {ref}.", f"For the Hugging Face Hub, write hf://{ref}.")
-    return _opener("file")(ref)
-
-
-def _opener(scheme: str) -> Opener:
-    if scheme in BUILT_IN:
-        import_module(f"hubkit.remotes.{BUILT_IN[scheme]}")
-    elif scheme not in _openers:
-        for point in entry_points(group=GROUP, name=scheme):
-            point.load()
-    if scheme not in _openers:
-        known = ", ".join(sorted({*BUILT_IN, *_openers, *entry_points(group=GROUP).names}))
-        raise UsageError(f"There is no remote for {escape(scheme)}:.", f"Known are {known}, and plain folders.")
-    return _openers[scheme]
+        Raises:
+            NotFoundError: it is gone.
+            TransientError: trying again may help.
+        """
+        raise NotFoundError(f"{self.url} holds no signatures.", "Pull it again.")

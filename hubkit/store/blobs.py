@@ -14,6 +14,7 @@ from hubkit.store import files
 
 DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 READ_ONLY = 0o444
+REMEDY = "`hubkit verify --repair` fetches it again from where it came; or add or pull its adapter again."
 
 
 def hex_of(digest: str) -> str:
@@ -45,6 +46,19 @@ class Blobs:
         os.chmod(temporary, READ_ONLY)
         files.publish(temporary, self.path(digest))
 
+    def reuse(self, digest: str) -> bool:
+        """Whether the blob is there, whole, and may be built on: it is then as young, and its name as durable, as if
+        it had been published now. To be called under `Store.writing()`, as gc could take it in between.
+        """
+        path = self.path(digest)
+        try:
+            check_bytes(path, digest)
+            os.utime(path)
+        except (IntegrityError, PermissionError):  # another user's file can be replaced, but not renewed
+            return False
+        files.settle(path)
+        return True
+
     def check(self, digest: str) -> Path:
         """The blob's path, after its bytes were found to be what the digest says.
 
@@ -68,12 +82,11 @@ def check_bytes(path: Path, digest: str) -> None:
     try:
         found = files.hash_file(path)
     except FileNotFoundError:
-        raise IntegrityError(
-            f"The blob {digest[:19]} is missing.",
-            "Add or pull its adapter again; `hubkit verify` lists the rest.",
-        ) from None
+        raise missing(digest) from None
     if found != hex_of(digest):
-        raise IntegrityError(
-            f"The blob {digest[:19]} is damaged: its bytes hash to {found[:12]}.",
-            "Add or pull its adapter again; `hubkit verify` lists the rest.",
-        )
+        raise IntegrityError(f"The blob {digest[:19]} is damaged: its bytes hash to {found[:12]}.", REMEDY)
+
+
+def missing(digest: str) -> IntegrityError:
+    """The error for a blob that an entry needs and that is not there."""
+    return IntegrityError(f"The blob {digest[:19]} is missing.", REMEDY)

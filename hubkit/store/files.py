@@ -15,44 +15,65 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Protocol
 
 from hubkit.errors import HubkitError
+from hubkit.faults import EXHAUSTED, meaning
 
 CHUNK = 1 << 20
 
+_settled: set[Path] = set()  # folders of which this process knows that they survive a power cut
+
+
+class Readable(Protocol):
+    """Bytes in order: a file, or a stream of a remote."""
+
+    def read(self, size: int, /) -> bytes: ...
+
 
 def make_dir(path: Path) -> None:
-    """Create a directory with its parents so that they survive a power cut."""
-    if path.is_dir():
+    """Create a directory with its parents so that they survive a power cut.
+
+    One that is there already may have been made by a process that was killed before it flushed the parent, so
+    the parent is flushed again, once in this process; but not above what this process could have made.
+    """
+    if path in _settled and path.is_dir():
         return
+    if path.parent != path and (not path.is_dir() or os.access(path.parent, os.W_OK)):
+        make_dir(path.parent)
+        with suppress(FileExistsError):
+            os.mkdir(path)
+        sync_dir(path.parent)
+    _settled.add(path)
+
+
+def settle(path: Path) -> None:
+    """Make sure that a name which somebody else gave, and may not have flushed, survives a power cut."""
     make_dir(path.parent)
-    with suppress(FileExistsError):
-        os.mkdir(path)
     sync_dir(path.parent)
 
 
-def sync_dir(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def sync_file(path: Path) -> None:
+    """Flush a file, or the names in a directory, to the disk."""
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
 
 
+sync_dir = sync_file
+
+
 def sync_tree(folder: Path) -> None:
     """Flush the regular files of a flat folder and the folder."""
     for path in folder.iterdir():
         if not path.is_symlink():
-            fd = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            sync_file(path)
     sync_dir(folder)
 
 
-def write_hashed(source: BinaryIO, target: Path) -> tuple[str, int]:
+def write_hashed(source: Readable, target: Path) -> tuple[str, int]:
     """Stream `source` into the new file `target` and flush it; its sha256 in hex and its size in bytes."""
     digest, size = hashlib.sha256(), 0
     with target.open("xb") as file:
@@ -85,6 +106,23 @@ def write_atomically(data: bytes, target: Path, scratch: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a small file.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        StorageError: it is there and can't be read, for a reason that is its own.
+    """
+    try:
+        return path.read_bytes()
+    except NotADirectoryError as error:
+        raise FileNotFoundError(error.errno, error.strerror, str(path)) from None
+    except OSError as error:
+        if error.errno in EXHAUSTED or (known := meaning(error, path)) is None:
+            raise
+        raise known from error
+
+
 def hash_file(path: Path) -> str:
     """The sha256 of a file's bytes, in hex."""
     with path.open("rb") as file:
@@ -107,6 +145,39 @@ def locked(path: Path, *, shared: bool = False, wait: float | None = None) -> It
         else:
             _flock_within(fd, kind, wait)
         yield
+    finally:
+        os.close(fd)
+
+
+def hold(path: Path, *, wait: bool = False) -> int | None:
+    """The descriptor of `path`, created if need be, locked until it is closed; None while another process holds it,
+    unless `wait` says to wait for that one.
+
+    What is held so, gc leaves alone. It may have removed the file just before it was locked, hence the second look.
+    """
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(fd).st_nlink:
+                return fd
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def outwait(path: Path) -> None:
+    """Wait until no process holds the file. Everybody who waits is woken at the same time."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH)
     finally:
         os.close(fd)
 

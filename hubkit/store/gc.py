@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import shutil
+import math
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hubkit.errors import IntegrityError, NotFoundError
+from hubkit.store import files
+from hubkit.store.scratch import Removed, oldest_held, remove, size_of, sweep
 
 if TYPE_CHECKING:
     from hubkit.store.store import Store
 
 GRACE = 3600.0
 WAIT = 60.0
+TICK = 2.0  # by how many seconds two times of a file system may be wrong
 
 
 @dataclass(frozen=True)
 class Collected:
-    """What gc removed, or would remove: paths below the store's home, and their bytes."""
+    """What gc removed, or would remove: paths below the store's home with the bytes of each, and all bytes."""
 
     removed: tuple[str, ...]
+    sizes: tuple[int, ...]
     bytes: int
     dry_run: bool
 
@@ -30,12 +35,23 @@ class Collected:
         return asdict(self)
 
 
-def collect(store: Store, grace: float = GRACE, *, dry_run: bool = False, wait: float = WAIT) -> Collected:
+def collect(
+    store: Store,
+    grace: float = GRACE,
+    *,
+    dry_run: bool = False,
+    wait: float = WAIT,
+    elsewhere: Collection[str] = (),
+) -> Collected:
     """Remove what no ref needs, has not been written or let go of within `grace` seconds, and leftovers of
     kills.
 
-    A mixture needs its parts. No writer is at work meanwhile, so everything in `tmp` is a leftover. The
-    order, views, then manifests, then blobs, means that a kill leaves no manifest without its blobs.
+    A mixture needs its parts. What a living process holds in `tmp` or `partial` stays, however old, and so does
+    what was written since the oldest running pull began: it may be that pull's. Nobody publishes meanwhile; a dry
+    run, which removes nothing, needs no lock and no right to write either.
+
+    Signatures go with their version's manifest, but those of versions that are kept `elsewhere` as well. One of a
+    version that the store does not hold, say of a starter adapter, is none of its business.
 
     Raises:
         HubkitError: a writer kept the store for `wait` seconds.
@@ -43,39 +59,64 @@ def collect(store: Store, grace: float = GRACE, *, dry_run: bool = False, wait: 
             removed.
     """
     if not store.home.is_dir():
-        return Collected((), 0, dry_run)
-    with store.alone(wait):
-        dead = _unneeded(store, time.time() - grace)
-        report = Collected(tuple(str(path.relative_to(store.home)) for path in dead), sum(map(_size, dead)), dry_run)
-        if not dry_run:
-            for path in dead:
-                _remove(path)
-    return report
+        return Collected((), (), 0, dry_run)
+    now = time.time()
+    with nullcontext() if dry_run else store.alone(wait):
+        since = min(now - grace, oldest_held(store.partial) - TICK)
+        manifests, blobs = needed(store, since)
+        gone = sweep(store.scratch, math.inf, dry_run=dry_run) + sweep(store.partial, now - grace, dry_run=dry_run)
+        gone += _drop([store.views.path(each) for each in store.views if each not in manifests], dry_run)
+        unneeded = [each for each in store.manifests if each not in manifests]
+        signed = set(store.signatures).difference(elsewhere)
+        gone += _drop([store.signatures.folder(each) for each in unneeded if each in signed], dry_run)
+        gone += _drop([store.manifests.path(each) for each in unneeded], dry_run)
+        gone += _drop(_loose(store, blobs, since), dry_run)
+    sizes = tuple(size for _, size in gone)
+    return Collected(tuple(str(path.relative_to(store.home)) for path, _ in gone), sizes, sum(sizes), dry_run)
 
 
-def _unneeded(store: Store, since: float) -> list[Path]:
-    """What to remove, in the order of removal: nothing that refs need or that was touched after `since`."""
-    manifests, blobs = _needed(store, since)
-    views = [path for path in _children(store.views) if f"sha256:{path.name}" not in manifests]
-    dead_manifests = [store.manifests.path(digest) for digest in store.manifests if digest not in manifests]
-    loose = [store.blobs.path(digest) for digest in store.blobs if digest not in blobs]
-    dead_blobs = [path for path in loose if path.stat().st_mtime <= since]
-    return [*_children(store.scratch), *views, *dead_manifests, *dead_blobs]
+def _drop(paths: list[Path], dry_run: bool) -> list[Removed]:
+    """Remove paths and flush that, so that what is removed after them never goes before them; what went."""
+    gone = [(path, size_of(path)) for path in paths]
+    if not dry_run:
+        for path in paths:
+            remove(path)
+        for folder in {path.parent for path in paths}:
+            files.sync_dir(folder)
+    return gone
 
 
-def _needed(store: Store, since: float) -> tuple[set[str], set[str]]:
-    """The manifests and blobs reachable from refs and from manifests touched after `since`."""
+def _loose(store: Store, needed: set[str], since: float) -> list[Path]:
+    """The blobs that nothing needs and that were not written after `since`."""
+    paths = [store.blobs.path(digest) for digest in store.blobs if digest not in needed]
+    return [path for path in paths if not _fresh(path, since)]
+
+
+def needed(store: Store, since: float) -> tuple[set[str], set[str]]:
+    """The manifests and blobs reachable from refs and from manifests touched after `since`.
+
+    Raises:
+        IntegrityError: a ref or a manifest that refs need is damaged or missing.
+    """
     manifests: set[str] = set()
     blobs: set[str] = set()
     for digest in _referenced(store):
         _mark(store, digest, manifests, blobs)
     for digest in store.manifests:
-        if digest not in manifests and store.manifests.path(digest).stat().st_mtime > since:
+        if digest not in manifests and _fresh(store.manifests.path(digest), since):
             try:
                 _mark(store, digest, manifests, blobs)
             except (IntegrityError, NotFoundError):
                 manifests.add(digest)  # fresh, unreferenced and damaged: nothing rests on it, its time will come
     return manifests, blobs
+
+
+def _fresh(path: Path, since: float) -> bool:
+    """Whether a file was touched after `since`; one from the future, by a clock that was set back, was."""
+    try:
+        return path.stat().st_mtime > since
+    except FileNotFoundError:  # in a dry run others may remove it meanwhile
+        return False
 
 
 def _referenced(store: Store) -> Iterable[str]:
@@ -86,29 +127,14 @@ def _referenced(store: Store) -> Iterable[str]:
 
 
 def _mark(store: Store, digest: str, manifests: set[str], blobs: set[str]) -> None:
+    if digest in manifests:
+        return
     try:
         found = store.closure(digest)
     except NotFoundError:
         raise IntegrityError(
             f"A manifest that {digest[:19]} needs is missing, so gc can't tell what else it needs.",
-            "Run `hubkit verify`, then add the entry again or remove it.",
+            "Run `hubkit verify --repair`, or remove its entry.",
         ) from None
     manifests |= found[0]
     blobs |= found[1]
-
-
-def _children(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir()) if folder.is_dir() else []
-
-
-def _size(path: Path) -> int:
-    if path.is_dir() and not path.is_symlink():
-        return sum(map(_size, path.iterdir()))
-    return path.lstat().st_size
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()

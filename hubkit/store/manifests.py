@@ -12,11 +12,14 @@ from typing import Any
 
 from hubkit import strict_json
 from hubkit.errors import IntegrityError, NotFoundError, PolicyError
-from hubkit.policy import ADAPTER_FILES
+from hubkit.policy import ADAPTER_FILES, check_base
 from hubkit.store import files
 from hubkit.store.blobs import Blobs, hex_of
 
 VERSION = 1
+MAX_SIZE = 4 << 20
+MAX_LABEL = 200  # name:tag, or a digest
+MAX_NUMBER = 1 << 48  # of a rank or a size in bytes; sums of them fit into 64 bits
 KINDS = ("adapter", "mixture")
 
 Manifest = dict[str, Any]
@@ -94,9 +97,10 @@ class Manifests:
         Raises:
             NotFoundError: there is none.
             IntegrityError: its bytes are not what its digest says.
+            StorageError: its file can't be read.
         """
         try:
-            raw = self.path(digest).read_bytes()
+            raw = files.read_bytes(self.path(digest))
         except FileNotFoundError:
             raise NotFoundError(f"The store has no version {digest[:19]}.", "See `hubkit list`.") from None
         if hashlib.sha256(raw).hexdigest() != hex_of(digest):
@@ -113,6 +117,8 @@ def load(raw: bytes) -> Manifest:
     Raises:
         PolicyError: rule `manifest`; it is none.
     """
+    if len(raw) > MAX_SIZE:
+        raise _refusal(f"is larger than {MAX_SIZE} bytes")
     try:
         manifest = strict_json.parse(raw)
     except ValueError as error:
@@ -127,12 +133,13 @@ def check_shape(manifest: Any) -> None:
     """
     if not isinstance(manifest, dict) or manifest.get("kind") not in KINDS:
         raise _refusal(f"is of no kind among {', '.join(KINDS)}")
-    if manifest.get("version") != VERSION:
+    if manifest.get("version") != VERSION or type(manifest["version"]) is not int:
         raise _refusal(f"has version {str(manifest.get('version'))[:20]}, this hubkit reads {VERSION}")
-    base, facts = manifest.get("base"), manifest.get("facts")
+    base, facts = manifest.get("base", ""), manifest.get("facts")
     if not (base is None or isinstance(base, dict)) or not isinstance(manifest.get("meta"), dict):
         raise _refusal("has no objects under base and meta")
-    if not isinstance(facts, dict) or type(facts.get("rank")) is not int:
+    check_base(base or {}, _refusal)
+    if not isinstance(facts, dict) or type(facts.get("rank")) is not int or not 0 < facts["rank"] < MAX_NUMBER:
         raise _refusal("states no rank")
     if manifest["kind"] == "adapter":
         _check_files(manifest.get("files"))
@@ -146,7 +153,7 @@ def _check_files(listed: Any) -> None:
     if not isinstance(listed, dict) or not set(ADAPTER_FILES[:2]) <= set(listed) <= set(ADAPTER_FILES):
         raise _refusal("does not list the files of an adapter")
     for entry in listed.values():
-        if not isinstance(entry, dict) or type(entry.get("size")) is not int:
+        if not isinstance(entry, dict) or type(entry.get("size")) is not int or not 0 <= entry["size"] < MAX_NUMBER:
             raise _refusal("lists a file without digest and size")
         hex_of(entry.get("digest", ""))
 
@@ -155,7 +162,7 @@ def _check_parts(parts: Any) -> None:
     if not isinstance(parts, list) or not parts:
         raise _refusal("has no parts")
     for part in parts:
-        if not isinstance(part, dict) or not isinstance(part.get("name"), str):
+        if not isinstance(part, dict) or not isinstance(part.get("name"), str) or len(part["name"]) > MAX_LABEL:
             raise _refusal("has a part without a name")
         if type(part.get("weight")) is not float or not math.isfinite(part["weight"]):
             raise _refusal("has a part without a finite weight")

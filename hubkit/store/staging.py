@@ -7,7 +7,6 @@ meanwhile.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import BinaryIO
 
 from hubkit.policy import safe_join
 from hubkit.store import files
@@ -22,11 +21,17 @@ class Staging:
         self.contents: dict[str, tuple[str, int]] = {}
         self._blobs = blobs
 
-    def write(self, name: str, source: BinaryIO) -> None:
+    def write(self, name: str, source: files.Readable) -> None:
         """Stream a file in."""
         self.contents[name] = files.write_hashed(source, safe_join(self.folder, name))
 
+    def adopt(self, name: str) -> None:
+        """Take in a file that was written into the folder itself."""
+        path = safe_join(self.folder, name)
+        files.sync_file(path)
+        self.contents[name] = files.hash_file(path), path.stat().st_size
+
     def keep(self) -> None:
-        """Make every file a blob."""
+        """Make every file a blob; to be called under `Store.writing()`, with what makes them needed."""
         for name, (sha, _) in self.contents.items():
             self._blobs.publish(self.folder / name, f"sha256:{sha}")
