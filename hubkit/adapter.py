@@ -8,25 +8,20 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from hubkit import peft_format
-from hubkit.errors import NotFoundError, PolicyError, UsageError
+from hubkit.errors import UsageError
 from hubkit.peft_format import Scaling, Scalings
-from hubkit.policy import CONFIG, META, PREFIX, WEIGHTS, check_file_names, escape, read_object
+from hubkit.policy import CONFIG, META, META_VERSION, PREFIX, WEIGHTS, check_meta, read_adapter
 from hubkit.prompt import Template
 
-META_VERSION = 1
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PARTS = ("A", "B", "magnitude", "bias")
 
 
@@ -98,22 +93,15 @@ class Adapter:
 
     @classmethod
     def load(cls, folder: Path) -> Adapter:
-        """Read a PEFT LoRA folder.
+        """Read a PEFT LoRA folder, after its files passed `hubkit.policy`.
 
         Raises:
             NotFoundError: the folder or one of its two files is missing.
-            PolicyError: it holds what hubkit can't represent, or files that contradict each other.
-            UsageError: its hubkit.json was written by a newer hubkit.
+            PolicyError: it breaks a rule.
         """
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise NotFoundError(f"There is no folder {escape(str(folder))}.", "Check the path.")
-        present = check_file_names(os.listdir(folder), str(folder))
-        config = read_object(folder / CONFIG)
-        peft_format.check_config(config)
-        meta = check_meta(read_object(folder / META)) if META in present else {"version": META_VERSION}
-        branches, saved = _assemble(_read_tensors(folder / WEIGHTS), config)
-        return cls(branches, saved, config, meta)
+        contents = read_adapter(Path(folder))
+        branches, saved = _assemble(load(contents.weights), contents.config)
+        return cls(branches, saved, contents.config, contents.meta)
 
     def save(self, folder: Path) -> None:
         """Write PEFT's two files, and hubkit.json where it says more than its version."""
@@ -174,94 +162,25 @@ class Adapter:
         return cls(dict(branches), {}, config, check_meta({"version": META_VERSION, **meta}))
 
 
-def check_meta(meta: dict[str, Any]) -> dict[str, Any]:
-    """`meta` itself if this hubkit understands it.
-
-    Raises:
-        UsageError: it is of another version of the format.
-        PolicyError: rule `meta`; a field has the wrong type, or hubkit doesn't know a convention.
-    """
-    if meta.get("version") != META_VERSION or type(meta["version"]) is not int:
-        raise UsageError(
-            f"{META} is of version {escape(str(meta.get('version')))[:20]}, not {META_VERSION}.",
-            "Upgrade hubkit.",
-        )
-    for key in ("base", "template", "recipe", "conventions", "metrics"):
-        if not isinstance(meta.get(key, {}), dict):
-            raise PolicyError(f"{META} has a {key!r} that is no object.", "Correct or remove it.", "meta")
-    for convention in meta.get("conventions", {}):  # each changes what the tensors mean; version 1 defines none
-        raise PolicyError(
-            f"{META} states the convention {escape(convention)[:60]!r}, which this hubkit doesn't know.",
-            "Upgrade hubkit.",
-            "meta",
-        )
-    return meta
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise PolicyError(f"{path.name} can't be read: {error}.", "Save the adapter again.", "tensors") from None
-
-
 def _assemble(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[dict[str, LowRank], dict[str, Tensor]]:
-    """PEFT's tensors as branches and full tensors, checked against the config."""
+    """PEFT's tensors, which the policy let pass, as branches and full tensors."""
     parts: dict[str, dict[str, Tensor]] = {}
     saved: dict[str, Tensor] = {}
     embeddings: set[str] = set()
-    for key, tensor in tensors.items():
+    scalings = Scalings(config)
+    for key, tensor in sorted(tensors.items()):  # safetensors' own order is another one in every process
         module, part = peft_format.split_key(key)
-        _check_tensor(key, tensor, dims=(1,) if part in ("magnitude", "bias") else (2,) if part else (1, 2))
         if part is None:
             saved[module] = tensor
             continue
-        if part in parts.setdefault(module, {}):
-            raise _contradiction(f"{module} has two factors {part}")
-        parts[module][part] = tensor
+        parts.setdefault(module, {})[part] = tensor
         if "lora_embedding_" in key:
             embeddings.add(module)
-    if not parts:
-        raise PolicyError(f"{WEIGHTS} holds no LoRA factors.", "Give a LoRA adapter.", "factors")
-    scalings = Scalings(config)
-    branches = {m: _branch(m, p, scalings.of(m), m in embeddings, config) for m, p in parts.items()}
+    branches = {}
+    for module, found in parts.items():
+        stated = scalings.of(module)
+        branches[module] = LowRank(**found, alpha=stated.alpha, rslora=stated.rslora, embedding=module in embeddings)
     return branches, saved
-
-
-def _check_tensor(key: str, tensor: Tensor, dims: tuple[int, ...]) -> None:
-    if tensor.dim() not in dims or tensor.numel() == 0:
-        raise PolicyError(
-            f"{key} has the shape {tuple(tensor.shape)}, which hubkit can't represent.",
-            "Give a LoRA of linear layers and embeddings.",
-            "shape",
-        )
-    if tensor.dtype not in DTYPES:
-        raise PolicyError(f"{key} is stored as {tensor.dtype}.", "Save it as float32, float16 or bfloat16.", "dtype")
-
-
-def _branch(
-    module: str, parts: dict[str, Tensor], stated: Scaling, embedding: bool, config: Mapping[str, Any]
-) -> LowRank:
-    if "A" not in parts or "B" not in parts:
-        raise _contradiction(f"{module} has one LoRA factor without the other")
-    branch = LowRank(**parts, alpha=stated.alpha, rslora=stated.rslora, embedding=embedding)
-    if branch.B.shape[1] != branch.rank or branch.rank != stated.rank:
-        shapes = f"{tuple(branch.A.shape)} and {tuple(branch.B.shape)}"
-        raise _contradiction(
-            f"the factors of {module} have the shapes {shapes}, but {CONFIG} states rank {stated.rank}"
-        )
-    for part, key in (("magnitude", "use_dora"), ("bias", "lora_bias")):
-        tensor = getattr(branch, part)
-        # peft ignores a part that its config doesn't announce and invents one that is announced but missing
-        if (tensor is not None) != bool(config.get(key)):
-            raise _contradiction(f"{CONFIG} states {key}={bool(config.get(key))}, but {module} says otherwise")
-        if tensor is not None and tensor.shape[0] != branch.B.shape[0]:
-            raise _contradiction(f"the {part} of {module} has the length {tensor.shape[0]}, not {branch.B.shape[0]}")
-    return branch
-
-
-def _contradiction(what: str) -> PolicyError:
-    return PolicyError(f"The adapter's files contradict each other: {what}.", "Save the adapter again.", "factors")
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

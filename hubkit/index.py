@@ -1,17 +1,20 @@
-"""The index that ships with hubkit: the starter adapters, their cards, and (read elsewhere) the base models.
+"""The index that ships with hubkit: the starter adapters, pointers to public ones, base models, and all their cards.
 
 `starter/<name>/` holds an adapter's files, `card.json` for people and search, and `manifest.json`: the
 canonical manifest whose sha256 is the entry's digest, in the store as here. A folder without a manifest is no
-entry yet.
+entry yet. `pointers/<owner>/<name>.json` is the card of an adapter that is elsewhere, `bases/<alias>.json` that of
+a base model. The cards' fields: docs/index.md.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from hubkit import strict_json
+from hubkit.cards import Card, faults
 from hubkit.entry import Entry, check_contents, describe
 from hubkit.errors import IntegrityError, PolicyError
 from hubkit.paths import index_folder
@@ -49,10 +52,35 @@ class Index:
         """The folder of a starter adapter, whether there is one or not."""
         return safe_join(self.folder / "starter", check_name(name))
 
-    def card(self, name: str) -> dict[str, Any] | None:
-        """What the index says about an adapter: task, data, licence, metric beside the base's."""
+    def card(self, name: str) -> Card | None:
+        """What the index says about a starter adapter: task, data, licence, metric beside the base's."""
         path = self.starter(name) / CARD
         return read_object(path) if path.exists() else None
+
+    def pointers(self) -> Iterator[Card]:
+        """The cards of public adapters that are elsewhere, by name; one that breaks the schema hides no other."""
+        for path in sorted((self.folder / "pointers").glob("*/*.json")):
+            with suppress(PolicyError):
+                card = read_object(path)
+                if not any(faults(card, "pointer")):
+                    yield card
+
+    def pointer(self, name: str) -> Card | None:
+        """The card of the public adapter of that name, if the index has one."""
+        path = safe_join(self.folder / "pointers", f"{check_name(name)}.json")
+        return read_object(path) if path.is_file() else None
+
+    def bases(self) -> dict[str, Card]:
+        """The cards of the base models by alias."""
+        return {path.stem: read_object(path) for path in sorted((self.folder / "bases").glob("*.json"))}
+
+    def base_names(self, name: str) -> set[str]:
+        """All names of the base model `name`: its alias, its reference and what else its card lists."""
+        for alias, card in self.bases().items():
+            names = {alias, card.get("reference", alias), *card.get("names", ())}
+            if name.casefold() in {known.casefold() for known in names}:
+                return names
+        return {name}
 
     def check(self, entry: Entry) -> Path:
         """The folder of a starter adapter, after its files were found to be those that its manifest lists.

@@ -1,21 +1,21 @@
 """How PEFT writes a LoRA adapter: the names of its tensors and what `adapter_config.json` says of them.
 
-The rules are those of peft 0.21.2 (and, for what hubkit writes, of every peft since 0.10). A config that asks
-for something that low-rank branches can't express is refused by the name of its key; it is never read as a
-plain LoRA.
+The rules are those of peft 0.21.2 (and, for what hubkit writes, of every peft since 0.10). What is accepted of
+a foreign config says `hubkit.policy.config`.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from math import isfinite
+from math import sqrt
 from typing import Any
 
 from hubkit.errors import PolicyError
-from hubkit.policy import CONFIG, PREFIX, escape
+
+PREFIX = "base_model.model."  # what PEFT puts before every module's path
 
 # a branch's tensors, by the end of their names
 PARTS = {
@@ -29,37 +29,6 @@ PARTS = {
 MODULE = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 # name parts of what peft can hang beside a module without it being a plain full tensor
 FOREIGN = re.compile(r"(^|\.)(lora_\w+|token_adapter|modules_to_save|original_module|parametrizations)(\.|$)")
-# a module's name, with or without `\` before its dots, anchored or not: matching it takes linear time
-LITERAL = re.compile(r"\^?([A-Za-z0-9_-]|\\?\.)+")
-
-# keys that don't change what the saved tensors mean: they say where the adapter goes or how it was trained
-INERT = {
-    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
-    "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform",
-    "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "merge_weights",
-    "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config",
-    "target_modules", "task_type",
-}  # fmt: skip
-READ = {
-    "alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "lora_bias", "r", "rank_pattern",
-    "use_dora", "use_rslora",
-}  # fmt: skip
-# starts that leave the base's weights as they are, so that the saved factors are the whole change
-PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
-REFUSED = {
-    "use_qalora": "QA-LoRA's pooled inputs",
-    "layer_replication": "replicated layers",
-    "target_parameters": "LoRA on bare parameters",
-    "trainable_token_indices": "trainable tokens",
-    "alora_invocation_tokens": "activated LoRA",
-    "arrow_config": "Arrow routing",
-    "kasa_config": "KaSA's truncated base",
-    "monteclora_config": "Monte Carlo LoRA",
-    "velora_config": "VeLoRA",
-    "use_bdlora": "block-diagonal LoRA",
-    "megatron_config": "Megatron's parallel layers",
-    "enable_lora": "merged linears of peft 0.2",
-}
 
 
 @dataclass(frozen=True)
@@ -69,6 +38,11 @@ class Scaling:
     rank: int
     alpha: float
     rslora: bool
+
+    @property
+    def scale(self) -> float:
+        """alpha / r, or alpha / √r for a rank-stabilised branch."""
+        return self.alpha / (sqrt(self.rank) if self.rslora else self.rank)
 
 
 def split_key(key: str) -> tuple[str, str | None]:
@@ -80,12 +54,12 @@ def split_key(key: str) -> tuple[str, str | None]:
     """
     name = key.removeprefix(PREFIX)
     if name == key or not MODULE.fullmatch(name):
-        raise _refuse(f"The tensor {escape(key)[:120]!r} is not named as PEFT names a LoRA's.", "tensor-name")
+        raise _refuse(f"The tensor {key[:120]!r} is not named as PEFT names a LoRA's.")
     for ending, part in PARTS.items():
         if name.endswith("." + ending):
             return name[: -len(ending) - 1], part
     if FOREIGN.search(name):
-        raise _refuse(f"hubkit can't represent the tensor {name[:120]!r}.", "tensor-name")
+        raise _refuse(f"hubkit can't represent the tensor {name[:120]!r}.")
     return name, None
 
 
@@ -98,51 +72,6 @@ def join_key(module: str, part: str, embedding: bool) -> str:
     return f"{PREFIX}{module}.{ending}"
 
 
-def check_config(config: Mapping[str, Any]) -> None:
-    """Refuse a config that low-rank branches and full tensors can't express.
-
-    Raises:
-        PolicyError: names the key; rule `peft-type`, `unsupported`, `rank` or `regex`.
-    """
-    if config.get("peft_type") != "LORA":
-        kind = escape(str(config.get("peft_type")))[:40]
-        raise _refuse(f"{CONFIG} describes a {kind!r} adapter, not a LoRA (peft_type).", "peft-type")
-    for key, value in config.items():
-        if key in REFUSED and value not in (None, False, [], {}):
-            raise _refuse(f"{CONFIG} asks for {REFUSED[key]} ({key}), which hubkit can't represent.", "unsupported")
-        if key not in REFUSED and key not in INERT and key not in READ and value not in (None, False, [], {}, ""):
-            raise _refuse(f"{CONFIG} sets {escape(key)[:60]!r}, which hubkit does not know.", "unsupported")
-    start = config.get("init_lora_weights", True)
-    if start not in PLAIN_STARTS:
-        raise _refuse(
-            f"{CONFIG} has init_lora_weights {escape(str(start))[:40]!r}, which changes the base's weights.",
-            "unsupported",
-            "Save it with peft's path_initial_model_for_weight_conversion, which turns it into a plain LoRA.",
-        )
-    if config.get("bias", "none") not in ("none", "all", "lora_only"):
-        raise _refuse(f"{CONFIG} states an unknown kind of bias (bias).", "unsupported")
-    _check_numbers(config)
-
-
-def _check_numbers(config: Mapping[str, Any]) -> None:
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    if not isinstance(ranks, dict) or not isinstance(alphas, dict):
-        raise _refuse(f"{CONFIG} has a rank_pattern or alpha_pattern that is no object.", "rank")
-    for rank in (config.get("r"), *ranks.values()):
-        if type(rank) is not int or rank <= 0:
-            raise _refuse(f"{CONFIG} states {escape(str(rank))[:40]!r} as a rank (r, rank_pattern).", "rank")
-    for alpha in (config.get("lora_alpha"), *alphas.values()):
-        if type(alpha) not in (int, float) or not isfinite(alpha):
-            raise _refuse(f"{CONFIG} states {escape(str(alpha))[:40]!r} as lora_alpha or in alpha_pattern.", "rank")
-    for pattern in (*ranks, *alphas):
-        if not LITERAL.fullmatch(pattern):
-            raise _refuse(
-                f"{CONFIG} has the regex {escape(pattern)[:80]!r} in rank_pattern or alpha_pattern.",
-                "regex",
-                "Spell the modules out.",
-            )
-
-
 class Scalings:
     """The rank and alpha that a checked config gives to each module.
 
@@ -152,17 +81,58 @@ class Scalings:
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._rank, self._alpha = config["r"], config["lora_alpha"]
         self._rslora = bool(config.get("use_rslora"))
-        self._ranks = self._compiled(config.get("rank_pattern"))
-        self._alphas = self._compiled(config.get("alpha_pattern"))
-
-    @staticmethod
-    def _compiled(patterns: Mapping[str, Any] | None) -> list[tuple[re.Pattern[str], Any]]:
-        return [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in (patterns or {}).items()]
+        self._ranks, self._alphas = _Patterns(config.get("rank_pattern")), _Patterns(config.get("alpha_pattern"))
 
     def of(self, module: str) -> Scaling:
-        rank = next((value for pattern, value in self._ranks if pattern.match(module)), self._rank)
-        alpha = next((value for pattern, value in self._alphas if pattern.match(module)), self._alpha)
-        return Scaling(rank, alpha, self._rslora)
+        """Of one module's path.
+
+        Raises:
+            PolicyError: rule `rank`; there are so many ambiguous patterns that comparing them takes long.
+        """
+        return Scaling(self._ranks.of(module, self._rank), self._alphas.of(module, self._alpha), self._rslora)
+
+
+class _Patterns:
+    """A table of module names, with or without `\\` before their dots and `^` before all: {pattern: value}.
+
+    Found by lookup, since an adapter of thousands of modules may have a pattern for each. But an unescaped dot
+    matches any character, so that `a.b` hits `acb`. A pattern that hits in this way is as long as what it hits
+    and has more dots, which leaves few to try.
+    """
+
+    BUDGET = 1_000_000
+
+    def __init__(self, table: Mapping[str, Any] | None) -> None:
+        self._values = list((table or {}).values())
+        self._exact: dict[str, int] = {}
+        self._loose: dict[int, dict[int, list[tuple[int, str]]]] = {}  # by length and dots: place, pattern
+        self._budget = self.BUDGET
+        for place, pattern in enumerate(table or {}):
+            name = pattern.replace("\\.", ".")  # an anchored one keeps its ^, which begins no path
+            self._exact.setdefault(name, place)
+            if re.search(r"(?<!\\)\.", pattern):
+                plain = name.removeprefix("^")
+                by_dots = self._loose.setdefault(len(plain), {})
+                by_dots.setdefault(plain.count("."), []).append((place, pattern))
+
+    def of(self, module: str, default: Any) -> Any:
+        """The value of the first pattern that hits a module's path."""
+        if not self._values:
+            return default
+        names = module.split(".")
+        ends = [".".join(names[at:]) for at in range(len(names))]
+        places = [self._exact[end] for end in (*ends, "^" + module) if end in self._exact]
+        places += [place for end in ends for place in self._loose_hits(end, end is ends[0])]
+        return self._values[min(places)] if places else default
+
+    def _loose_hits(self, end: str, whole: bool) -> Iterator[int]:
+        by_dots = self._loose.get(len(end), {})
+        for place, pattern in (hit for dots in by_dots if dots > end.count(".") for hit in by_dots[dots]):
+            self._budget -= 1
+            if self._budget < 0:
+                raise PolicyError("adapter_config.json has too many patterns.", "Escape their dots.", "rank")
+            if (whole or pattern[0] != "^") and re.fullmatch(pattern, end):
+                yield place
 
 
 def build_config(
@@ -216,5 +186,5 @@ def _plain(alpha: float) -> float:
     return int(alpha) if float(alpha).is_integer() else alpha
 
 
-def _refuse(cause: str, rule: str, remedy: str = "Give a LoRA adapter as peft saves it.") -> PolicyError:
-    return PolicyError(cause, remedy, rule)
+def _refuse(cause: str) -> PolicyError:
+    return PolicyError(cause, "Give a LoRA adapter as peft saves it.", "tensor-name")
