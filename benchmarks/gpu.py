@@ -1,26 +1,29 @@
-"""hubkit's multi-LoRA linear on a GPU: checked, then timed against cuBLAS's base, a roofline and peers.
+"""hubkit on a GPU: the multi-LoRA linear checked, then timed against cuBLAS's base, a roofline and peers; whole models.
 
-    python -m benchmarks.gpu [--out results.json] [--seconds N] [--toy]
+    python -m benchmarks.gpu [--out results.json] [--seconds N] [--only SECTION ...] [--toy]
 
 A time is the median over replays of a CUDA graph that walks through several sets of weights and arenas, together
 larger than L2, all sides of a row taking turns. The floor is what the bytes and operations of a row cost at the copy
 and matmul rates measured in the same run. Consecutive rows of a batch share an adapter. `--toy` runs all but the timing
-in Triton's interpreter (TRITON_INTERPRET=1); times are null then. See `gpu_checks.py` and `gpu_peers.py`.
+in Triton's interpreter (TRITON_INTERPRET=1); times are null then. See `gpu_checks.py` and `gpu_peers.py`; the sections
+beside the table of linears are modules of their own, each a generator `rows(device, toy, seconds)`.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -31,9 +34,9 @@ import triton
 from benchmarks import gpu_checks as checks
 from benchmarks import gpu_peers as peers
 from benchmarks.gpu_checks import Problem, build, spread
+from benchmarks.gpu_timing import Graph, Side, medians
 from hubkit.ops import gpu
 
-Side = Callable[[], Any]
 SHAPES = {
     "o 4096->4096": (4096, (4096,)),
     "qkv 4096->6144": (4096, (4096, 1024, 1024)),
@@ -41,6 +44,13 @@ SHAPES = {
     "down 14336->4096": (14336, (4096,)),
 }
 TOY_SHAPES = {"o 64->48": (64, (48,)), "qkv 64->64": (64, (32, 16, 16))}
+# whoever has a `rows` (and perhaps `checks`) of this form can be one
+SECTIONS = {
+    "training": "benchmarks.gpu_training",
+    "models": "benchmarks.gpu_models",
+    "composition": "benchmarks.gpu_compose",
+}
+LINEARS = 0.6  # of the time goes to the table of linears
 MIXED = [8, 8, 16, 16, 32, 64, 64, 128]  # as many ranks in all as eight times 42
 
 
@@ -109,47 +119,6 @@ def errors(problem: Problem, sides: dict[str, Side]) -> dict[str, float]:
         for name, side in sides.items()
         if name not in ("base", "routing", "merged")
     }
-
-
-class Graph:
-    """Calls captured in a CUDA graph, all on one stream, where everything has run once before."""
-
-    stream: torch.cuda.Stream | None = None
-
-    def __init__(self, calls: list[Side], distinct: int) -> None:
-        Graph.stream = Graph.stream or torch.cuda.Stream()
-        self.calls = len(calls)
-        torch.cuda.synchronize()
-        with torch.cuda.stream(Graph.stream):
-            for call in calls[:distinct]:
-                call()  # compiles; lists, counters and cuBLAS's workspace of this stream come to be
-        torch.cuda.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=Graph.stream):
-            for call in calls:
-                call()
-
-    def microseconds(self) -> float:
-        """One replay, per call."""
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        with torch.cuda.stream(Graph.stream):
-            start.record()
-            self.graph.replay()
-            end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e3 / self.calls
-
-
-def medians(graphs: dict[str, Graph], seconds: float) -> dict[str, float]:
-    """Microseconds of a call, the sides taking turns; the first round warms up."""
-    times: dict[str, list[float]] = {name: [] for name in graphs}
-    end = time.perf_counter() + seconds
-    for turn in range(41):
-        for name, graph in graphs.items():
-            times[name].append(graph.microseconds())
-        if turn >= 5 and time.perf_counter() > end:
-            break
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
 def ceilings(device: str, seconds: float) -> dict[str, float | None]:
@@ -319,20 +288,57 @@ def environment(device: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def section_rows(
+    name: str, device: str, toy: bool, seconds: float, keep: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """A section's checks and rows, each given to `keep` when it is done; what stops it must not cost the others'
+    figures."""
+    found: dict[str, Any] = {"checks": [], "rows": [], "failed": None}
+    try:
+        section = import_module(SECTIONS[name])
+        for check in section.checks(device, toy) if hasattr(section, "checks") else ():
+            found["checks"].append(check)
+        for row in section.rows(device, toy, seconds):
+            found["rows"].append(row)
+            keep(found)
+    except Exception as problem:
+        found["failed"] = f"{type(problem).__name__}: {problem}"[:300]
+    keep(found)
+    return found
+
+
 def show(result: dict[str, Any]) -> None:
     """The short table."""
-    failed = [row for row in result["checks"] if not row["passed"]]
-    print(f"{len(result['checks'])} checks, {len(failed)} failed", *failed, sep="\n")
-    print({**result["environment"], **result["ceilings"]})
-    lines = [{k: f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in row.items()} for row in result["summary"]]
+    sections = result["sections"]
+    every = [*result["checks"], *(check for section in sections.values() for check in section["checks"])]
+    failed = [row for row in every if not row["passed"]]
+    print(f"{len(every)} checks, {len(failed)} failed", *failed, sep="\n")
+    print({**result["environment"], **result["ceilings"]}, *result["failed"], sep="\n")
+    lines = [_brief(row) for row in result["summary"]]
     for line in [dict(zip(lines[0], lines[0], strict=True)), *lines]:
         print(f"{line['case']:<28}", *(f"{value:>10}" for name, value in line.items() if name != "case"))
+    for name, section in sections.items():
+        print(f"\n{name}", *([section["failed"]] if section["failed"] else []))
+        for row in section["rows"]:
+            print(*(f"{key}={value}" for key, value in _brief(row).items()), sep="  ")
+
+
+def _brief(row: dict[str, Any]) -> dict[str, str]:
+    def short(value: Any) -> str:
+        if isinstance(value, dict):
+            return ", ".join(f"{key}: {short(inner)}" for key, inner in value.items())
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+    return {key: short(value) for key, value in row.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, help="where to write the results as JSON")
-    parser.add_argument("--seconds", type=float, default=120, help="how long to time in all")
+    parser.add_argument("--seconds", type=float, default=200, help="how long to time in all")
+    parser.add_argument(
+        "--only", action="append", choices=["linears", *SECTIONS], help="may be repeated (default: all)"
+    )
     parser.add_argument("--toy", action="store_true", help="tiny problems, nothing timed: runs in the interpreter")
     options = parser.parse_args()
     device = "cpu" if options.toy else "cuda"
@@ -340,23 +346,47 @@ def main() -> None:
         parser.error("no GPU: use --toy with TRITON_INTERPRET=1")
     if options.toy and not gpu.INTERPRETED:
         parser.error("--toy needs TRITON_INTERPRET=1")
-    result: dict[str, Any] = {"environment": environment(device), "ceilings": {}, "checks": [], "rows": []}
+    run(device, options.toy, options.seconds, options.only or ["linears", *SECTIONS], options.out)
+
+
+def run(device: str, toy: bool, seconds: float, wanted: list[str], out: Path | None) -> None:
+    result: dict[str, Any] = {
+        "environment": environment(device), "ceilings": {}, "checks": [], "rows": [], "sections": {}, "failed": [],
+    }  # fmt: skip
 
     def save() -> None:
-        result["summary"] = summary(result["rows"], options.toy)
-        if options.out:
-            options.out.write_text(json.dumps(result, indent=1))
+        result["summary"] = summary(result["rows"], toy)
+        if out:
+            out.write_text(json.dumps(result, indent=1))
 
     def keep(row: dict[str, Any]) -> None:
         result["rows"].append(row)
         save()  # at once, so that whatever comes later cannot lose it
 
-    result["checks"] = checked(device, options.toy)
-    save()
-    result["ceilings"] = ceilings(device, 2)
-    table_rows(device, options.toy, result["ceilings"], options.seconds, keep)
+    def keep_section(name: str, found: dict[str, Any]) -> None:
+        result["sections"][name] = found
+        save()
+
+    if "linears" in wanted:
+        try:
+            result["checks"] = checked(device, toy)
+            save()
+            result["ceilings"] = ceilings(device, 2)
+            table_rows(device, toy, result["ceilings"], seconds * LINEARS, keep)
+        except Exception as problem:
+            result["failed"].append(f"linears: {problem!r}"[:300])
+    for name in [name for name in SECTIONS if name in wanted]:
+        section_rows(name, device, toy, seconds * (1 - LINEARS) / len(SECTIONS), partial(keep_section, name))
+        release(device)
     save()
     show(result)
+
+
+def release(device: str) -> None:
+    """What a section leaves behind would be in the next one's way."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ from torch import Tensor, nn
 from hubkit import ops
 from hubkit.adapter import Adapter, LowRank
 from hubkit.base import load_base
+from hubkit.lean import lean
+from hubkit.lean.attention import one_token_attention
 from hubkit.lora.runtime import LoraRuntime
 
 Forward = Callable[..., Any]
@@ -113,13 +115,15 @@ def measure(model: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
     row_keys = [keys[row * len(keys) // options.batch] for row in range(options.batch)]
     ids = torch.randint(0, model.config.vocab_size, (options.batch, options.tokens), device=model.device)
 
-    lora = copy.deepcopy(model)
-    runtime = LoraRuntime(lora)
+    lora, leaner = copy.deepcopy(model), copy.deepcopy(model)
+    runtimes = [LoraRuntime(lora), LoraRuntime(leaner)]
     for key, adapter in adapters.items():
-        runtime.add(key, adapter)
+        for runtime in runtimes:
+            runtime.add(key, adapter)
     forwards: dict[str, Forward] = {
         "base": partial(model, use_cache=True, logits_to_keep=1),
         "hubkit": partial(lora, use_cache=True, logits_to_keep=1),
+        "lean": partial(leaner, use_cache=True, logits_to_keep=1),
         **{
             name: partial(
                 peft_model(model, adapters, cast=cast),
@@ -131,7 +135,8 @@ def measure(model: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
         },
     }
     rows = []
-    with runtime.use([{key: 1.0} for key in row_keys]):
+    groups = [{key: 1.0} for key in row_keys]
+    with lean(leaner), one_token_attention(leaner), runtimes[0].use(groups), runtimes[1].use(groups):
         agreement = relative_error(forwards["hubkit"](ids).logits, forwards["peft"](ids).logits)
         for case, build in {"decode": decode, f"prefill {options.tokens}": prefill}.items():
             if options.only and not case.startswith(options.only):
@@ -149,6 +154,7 @@ def row(case: str, ms: dict[str, float]) -> dict[str, Any]:
         "peft_to_base": round(ms["peft"] / ms["base"], 2),
         "speedup_vs_peft": round(ms["peft"] / ms["hubkit"], 2),
         "speedup_vs_peft_cast": round(ms["peft_cast"] / ms["hubkit"], 2),
+        **({"lean_speedup_vs_peft": round(ms["peft"] / ms["lean"], 2)} if "lean" in ms else {}),
     }
 
 

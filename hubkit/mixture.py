@@ -13,18 +13,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from hubkit.errors import PolicyError, UsageError
-from hubkit.policy import check_name, check_tag, escape
+from hubkit.policy import check_name, check_tag
 
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 MODES = ("delta", "factor")
 MAX_PARTS = 1024
 MAX_TEXT = 1 << 18
 
-_WEIGHT = re.compile(r"(nan|inf|infinity|(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*\*\s*", re.IGNORECASE)
+_WEIGHT = re.compile(r"(nan|inf|infinity|(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?)\s*\*\s*", re.IGNORECASE)
 _REF = re.compile(r"[A-Za-z0-9_./-]+(?::[A-Za-z0-9_.-]+)?")
 _OPERATOR = re.compile(r"\s*\+\s*|\s+(?=-)")
 
@@ -82,7 +83,10 @@ def parse(text: str, mode: str = "delta") -> Mixture:
     """
     if len(text) > MAX_TEXT:
         raise UsageError(f"The mixture is {len(text)} characters long.", f"Give at most {MAX_TEXT}.")
-    return Mixture(merge_equal(list(_terms(text))), mode)
+    terms = list(islice(_terms(text), MAX_PARTS + 1))
+    if len(terms) > MAX_PARTS:
+        raise UsageError(f"The mixture has more than {MAX_PARTS} terms.", "Give fewer.")
+    return Mixture(merge_equal(terms), mode)
 
 
 def merge_equal(parts: list[Part]) -> tuple[Part, ...]:
@@ -95,6 +99,16 @@ def merge_equal(parts: list[Part]) -> tuple[Part, ...]:
         held = merged.get(key)
         merged[key] = replace(held, weight=held.weight + part.weight) if held else part
     return tuple(merged.values())
+
+
+def distinct(parts: Sequence[Part]) -> tuple[Part, ...]:
+    """The parts with names that differ: where two versions share a name, the later one goes by its digest."""
+    seen: set[str] = set()
+    found = []
+    for part in parts:
+        found.append(replace(part, name=part.digest) if part.name in seen and part.digest else part)
+        seen.add(part.name)
+    return tuple(found)
 
 
 def split_ref(ref: str) -> tuple[str, str]:
@@ -136,12 +150,12 @@ def _check_ref(text: str, ref: str) -> None:
     except PolicyError as error:
         if ref == text.strip():
             raise
-        raise UsageError(f"{escape(text)[:200]!r} is no mixture: {error.cause}", error.remedy) from None
+        raise UsageError(f"{text[:200]!r} is no mixture: {error.cause}", error.remedy) from None
 
 
 def _malformed(text: str, rest: str) -> UsageError:
-    at = f"at {escape(rest)[:40]!r}" if rest else "at its end"
+    at = f"at {rest[:40]!r}" if rest else "at its end"
     return UsageError(
-        f"{escape(text)[:200]!r} is no mixture: it breaks {at}.",
+        f"{text[:200]!r} is no mixture: it breaks {at}.",
         "Write 0.7*name+0.3*other:tag; a minus that subtracts needs a space before it.",
     )

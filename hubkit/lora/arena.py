@@ -24,6 +24,9 @@ class Slot:
         return slice(self.start, self.start + self.rank)
 
 
+Layout = tuple[int, tuple[tuple[str, Slot], ...]]  # the number of rows, and whose they are
+
+
 class Arena:
     """`A` [R, in] and `Bt` [R, out] of one linear, in the linear's dtype and on its device.
 
@@ -38,7 +41,7 @@ class Arena:
         self.slots: dict[str, Slot] = {}
 
     @property
-    def layout(self) -> tuple[int, tuple[tuple[str, Slot], ...]]:
+    def layout(self) -> Layout:
         """Equal for two arenas whose rows mean the same: they can share coefficients and routes."""
         return len(self.A), tuple(self.slots.items())
 
@@ -46,6 +49,7 @@ class Arena:
         """Copy in A [r, in] and B [out, r] as rows of `A` and `Bt`; may move the arena, which ends older
         views."""
         slot = Slot(self._place(len(A)), len(A), scale)
+        self.A, self.Bt = self.A.detach(), self.Bt.detach()
         self.A[slot.rows].copy_(A)
         self.Bt[slot.rows].copy_(B.T)
         self.slots[key] = slot

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from hubkit.errors import UsageError
+from hubkit.lora import ticket
+from hubkit.lora.arena import Layout
 from hubkit.lora.linear import MultiLoraLinear, Switch
-from hubkit.lora.routing import Routing
+from hubkit.lora.routing import Groups, Routing
+from hubkit.ops.factors import compose_factors
 
 if TYPE_CHECKING:
     from hubkit.adapter import Adapter, LowRank
+
+Rows = Sequence[int] | Tensor
 
 
 class LoraRuntime:
@@ -74,26 +79,73 @@ class LoraRuntime:
         blocks.
 
         A key may be added with all-zero factors just to be a slot for this. The views end with the next
-        `add`; what is written inside a `use` block takes effect in the next one.
+        `add`; what is written inside a `use` block takes effect in the next one, or after `update`.
         """
         self._require(key)
         return {path: self._linears[path].arena.factors(key) for path in self._adapters[key]}
 
+    def compose(self, slots: Sequence[str], sources: Sequence[str], weights: Tensor) -> None:
+        """Rewrite the factors of `slots` by LoraHub's rule: A and B of slot p become those of all sources, weighted by
+        weights[p]. All keys are of adapters with equal modules and ranks; weights [P, n] fp32, or fp64."""
+        places: dict[tuple[Layout, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
+        for path in self._adapters[slots[0]]:
+            arena = self._linears[path].arena
+            key = arena.layout, arena.A.device
+            if key not in places:
+                starts = (torch.tensor([arena.slots[k].start for k in keys]) for keys in (sources, slots))
+                here, there = (start.to(arena.A.device, torch.int32) for start in starts)
+                places[key] = here, weights.to(arena.A.device), there
+            for factor in (arena.A, arena.Bt):
+                compose_factors(factor, *places[key], arena.slots[slots[0]].rank)
+
+    def trained(self) -> list[Tensor]:
+        """The arenas' A [R, in] and Bt [R, out] of all linears, for an optimizer: from now on they want gradients. Rows
+        that no adapter holds are NaN and get a gradient of zero. The next `add` ends that."""
+        self._refuse_in_use("train")
+        for linear in self._linears.values():
+            linear.arena.follow(linear.weight)
+        return [t.requires_grad_() for module in self._linears.values() for t in (module.arena.A, module.arena.Bt)]
+
     @contextmanager
-    def use(self, groups: Sequence[Mapping[str, float]], rows: Sequence[int] | Tensor | None = None) -> Iterator[None]:
+    def use(self, groups: Groups, rows: Rows | None = None, *, capacity: int | None = None) -> Iterator[None]:
         """Within the block, batch row b computes the base plus `sum(w * delta(key))` over `groups[rows[b]]`.
 
         rows: the group of each batch row; None gives row b group b, or, with a single group, every row that
         one. A row's group serves all its tokens. Blocks nest; the inner one replaces the outer. UsageError:
         unknown key, non-finite weight, a row that names no group.
+
+        A weight may be a tensor of no dimension that wants a gradient; then one backward pass belongs to a block.
+        Blocks go around the calls of compiled code; one inside breaks the graph, an error of torch with `fullgraph`.
+
+        capacity: makes room for `update`, as many ranks as the adapters of a whole batch will ever have together in a
+        linear; the time of a forward pass on a GPU grows a little with it.
         """
-        routing = self._routing(groups, rows)
-        outer, self._switch.routing = self._switch.routing, routing
+        if torch.compiler.is_compiling():  # the compiler would move what is computed in the block out of it
+            torch._dynamo.graph_break(msg="A `use` block cannot be opened in compiled code. Open it around the call.")
+        for linear in self._linears.values():
+            linear.arena.follow(linear.weight)
+        routing = Routing(self._checked(groups), self._indexed(len(groups), rows), capacity)
+        outer = self._switch.routing
+        self._switch.turn(routing)
         try:
             yield
         finally:
-            self._switch.routing = outer
+            self._switch.turn(outer)
             routing.close()
+
+    def update(self, groups: Groups, rows: Rows | None = None) -> None:
+        """Within a `use` block that was given a capacity: other mixtures for the same number of groups, and other
+        groups for the same number of rows (None: as they were).
+
+        Tensors stay where they are, so CUDA graphs that were captured in the block follow, and so does what was
+        written to `factors`. Also a UsageError: more ranks than the capacity. Nothing is changed then.
+        """
+        routing = self._switch.routing
+        if routing is None:
+            raise UsageError("No `use` block is open whose routing could be updated.", "Call `update` inside of one.")
+        routing.update(self._checked(groups), None if rows is None else self._indexed(len(groups), rows))
+        ticket.void(self._switch.ticket)  # what is computed again for a backward pass would not be the same
+        self._switch.turn(routing)
 
     def detach(self) -> None:
         """Put the original modules back and drop all adapters."""
@@ -104,24 +156,25 @@ class LoraRuntime:
         self._originals.clear()
         self._adapters.clear()
 
-    def _routing(self, groups: Sequence[Mapping[str, float]], rows: Sequence[int] | Tensor | None) -> Routing:
+    def _checked(self, groups: Groups) -> Groups:
         for group in groups:
             for key, weight in group.items():
                 self._require(key)
-                if not math.isfinite(weight):
+                if not math.isfinite(weight.detach() if isinstance(weight, Tensor) else weight):
                     raise UsageError(f"The weight of {key!r} is {weight}.", "Weights have to be finite numbers.")
+        return groups
+
+    def _indexed(self, count: int, rows: Rows | None) -> Tensor | None:
+        """Each batch row's group [batch] int64; None if a single group is everybody's."""
         if rows is None:
-            index = None if len(groups) == 1 else torch.arange(len(groups))
-        else:
-            index = torch.as_tensor(rows, dtype=torch.long, device="cpu")
-            if index.dim() != 1 or not all(0 <= row < len(groups) for row in index.tolist()):
-                raise UsageError(
-                    f"Rows name groups from 0 to {len(groups) - 1}, but got {index.tolist()}.",
-                    "Give one group index for each row of the batch.",
-                )
-        for linear in self._linears.values():
-            linear.arena.follow(linear.weight)
-        return Routing(groups, index)
+            return None if count == 1 else torch.arange(count)
+        index = torch.as_tensor(rows, dtype=torch.long, device="cpu")
+        if index.dim() != 1 or not all(0 <= row < count for row in index.tolist()):
+            raise UsageError(
+                f"Rows name groups from 0 to {count - 1}, but got {index.tolist()}.",
+                "Give one group index for each row of the batch.",
+            )
+        return index
 
     def _check(self, key: str, adapter: Adapter) -> None:
         if adapter.saved:
@@ -153,11 +206,23 @@ class LoraRuntime:
                 f"a linear from {linear.in_features} to {linear.out_features} features.",
                 "Use the base model that the adapter was trained on.",
             )
+        for name, tensor in (("adapter", branch.A), ("adapter", branch.B), ("model", linear.weight)):
+            if tensor.is_meta:
+                raise UsageError(
+                    f"The {name} has no numbers for {path!r}, only a shape (its device is meta).",
+                    f"Load the {name} onto a device first, without offloading.",
+                )
         if not (branch.A.isfinite().all() and branch.B.isfinite().all() and math.isfinite(branch.scale)):
             raise UsageError(f"Adapter {key!r} holds NaN or infinity on {path!r}.", "Train or download it again.")
 
     def _find(self, key: str, path: str) -> nn.Linear:
         """The model's own linear at a path that no adapter has touched yet."""
+        if "experts" in path.split("."):
+            raise UsageError(
+                f"Adapter {key!r} targets {path!r}, experts of a mixture-of-experts layer, whose tokens no longer say "
+                "which row of the batch they are of.",
+                "Merge the adapter into a copy of the base instead.",
+            )
         try:
             module = self.model.get_submodule(path)
         except AttributeError:
@@ -170,6 +235,11 @@ class LoraRuntime:
             raise UsageError(
                 f"Adapter {key!r} targets {path!r}, a {type(module).__name__} and not a plain nn.Linear.",
                 "Merge the adapter into a copy of the base instead.",
+            )
+        if "forward" in vars(module):
+            raise UsageError(
+                f"Adapter {key!r} targets {path!r}, whose `forward` was replaced by another library (for offloading?).",
+                "Load the model without that, or merge the adapter into a copy of the base.",
             )
         if not self._allowed(path, module):
             raise UsageError(

@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 
 from hubkit.ops import cpu, naive, native
+from hubkit.ops.dropout import Dropout
+
+__all__ = ["Dropout", "Plan", "implementation", "multilora_linear", "plan", "rewrite", "route"]
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {"naive": naive, "cpu": cpu, "native": native}
 CPU = torch.device("cpu")
@@ -26,9 +29,12 @@ CPU = torch.device("cpu")
 class Plan(Protocol):
     """Linears that read the same input, each under its route."""
 
-    def __call__(self, x: Tensor, weights: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
-        """x [..., K], M rows in all, and each linear's (weight [N, K], bias [N] or None) to its y [...,
-        N]."""
+    def __call__(
+        self, x: Tensor, weights: Sequence[tuple[Tensor, Tensor | None]], dropout: Dropout | None = None
+    ) -> list[Tensor]:
+        """x [..., K], M rows in all, and each linear's (weight [N, K], bias [N] or None) to its y [..., N].
+
+        Differentiable in x, weights, A, Bt and C; `dropout` is that of the branches' input."""
 
 
 def implementation(device: torch.device = CPU) -> ModuleType:
@@ -58,14 +64,36 @@ def _triton(device: torch.device) -> ModuleType:
     return gpu
 
 
-def route(C: Tensor, group: Tensor | None, device: torch.device | None = None) -> Any:
+def route(
+    C: Tensor,
+    group: Tensor | None,
+    device: torch.device | None = None,
+    active: Tensor | None = None,
+    capacity: int | None = None,
+) -> Any:
     """Digest coefficients C [G, R] fp32 and the group [M] int64 of each input row (None: all of group 0), for
-    linears on `device` (default: where C is). C and group that come from the host cost no synchronisation."""
+    linears on `device` (default: where C is). C and group that come from the host cost no synchronisation.
+
+    A C that wants a gradient gets it where it is not zero, or where `active` [G, R] bool says so: at entries that
+    are zero now and are to be learned. `capacity`: for `rewrite`, how many arena rows all input rows together will
+    ever use."""
     device = device or C.device
     module = implementation(device)
     if module.__name__ == "hubkit.ops.gpu":  # counts on the host what it launches for
-        return module.route(C, group, device)
-    return module.route(C.to(device), None if group is None else group.to(device))
+        return module.route(C, group, device, active, capacity)
+    return module.route(
+        C.to(device), None if group is None else group.to(device), None if active is None else active.to(device)
+    )
+
+
+def rewrite(route: Any, C: Tensor, group: Tensor | None) -> bool:
+    """Put other coefficients and groups of the same shapes in the place of those that a route was made of, in the very
+    tensors that a captured CUDA graph reads. False where the implementation has no such thing: make a new route. Plans
+    are to be made anew in either case."""
+    if not hasattr(route, "rewrite"):
+        return False
+    route.rewrite(C, group)
+    return True
 
 
 def plan(members: Sequence[tuple[Any, Tensor, Tensor]]) -> Plan:
@@ -74,13 +102,22 @@ def plan(members: Sequence[tuple[Any, Tensor, Tensor]]) -> Plan:
 
 
 def multilora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, Bt: Tensor, C: Tensor, group: Tensor
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    Bt: Tensor,
+    C: Tensor,
+    group: Tensor,
+    *,
+    active: Tensor | None = None,
+    dropout: Dropout | None = None,
 ) -> Tensor:
     """y [M, N] = `x Wᵀ + bias + ((x Aᵀ) ⊙ C[group]) Bt`.
 
     x [M, K], weight [N, K], bias [N] or None, arena A [R, K] and Bt [R, N], all of one dtype; C [G, R] fp32
     holds mixture weight times alpha/r; group [M] int64 names each row's line of C. Arena rows whose
     coefficient is zero in every group in use are never read; rows of a group without coefficients get the
-    base to the bit.
+    base to the bit. `active` and `dropout` as in `route` and `Plan`; gradients: `hubkit.ops.autograd`.
     """
-    return plan([(route(C, group), A, Bt)])(x, [(weight, bias)])[0]
+    return plan([(route(C, group, active=active), A, Bt)])(x, [(weight, bias)], dropout)[0]

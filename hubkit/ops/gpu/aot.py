@@ -24,7 +24,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hubkit.ops.gpu import factors, kernels, routes
+from hubkit.ops.autograd import Wanted
+from hubkit.ops.dropout import Dropout
+from hubkit.ops.gpu import factors, gradients, kernels, routes, training
 from hubkit.ops.gpu.launch import MODES, Call
 from hubkit.ops.gpu.plans import TilePlan, rules
 
@@ -44,7 +46,7 @@ MATRIX = {
     "cuda": re.compile(r"\b(UTC[HQ]MMA|[HQ]GMMA|HMMA|IMMA|DMMA)\b"),
     "hip": re.compile(r"\b(v_mfma)_"),
 }
-MODULES = (kernels, routes, factors)
+MODULES = (kernels, gradients, routes, factors)
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}
 
@@ -66,7 +68,7 @@ class Launch:
 @dataclass(frozen=True)
 class Built:
     """What the compiler made of a launch. registers per thread, shared bytes per program, spilled: bytes of local
-    memory a thread (spilled registers on AMD); matrix: the matrix instruction, if any."""
+    memory a thread (spilled registers on AMD); height: rows of its products; matrix: the matrix instruction, if any."""
 
     target: str
     kernel: str
@@ -80,6 +82,7 @@ class Built:
     registers: int
     shared: int
     spilled: int
+    height: int
     matrix: str
 
 
@@ -91,7 +94,7 @@ def launches(target: str) -> list[Launch]:
         if target not in (wanted if isinstance(wanted, list) else [wanted]):
             continue
         for itemsize in DTYPES if "itemsize" not in rule["if"] else [rule["if"]["itemsize"]]:
-            found |= dict.fromkeys(_recorded(rule, target, itemsize))
+            found |= dict.fromkeys(recorded(rule, target, itemsize))
     return list(found)
 
 
@@ -104,14 +107,16 @@ def build(launch: Launch, target: str) -> Built:
     registers, spilled, code = _hip(made) if TARGETS[target].backend == "hip" else _cuda(made)
     instructions = MATRIX[TARGETS[target].backend].findall(code)
     plan = launch.plan
+    height = dict(launch.constants)["BR"] if launch.kernel == "factor_kernel" else plan.tile  # Sᵀ z has arena rows
     return Built(
         target, launch.kernel, plan.mode, launch.itemsize, launch.members, plan.tile, plan.BN, plan.BK,
-        dict(launch.options)["num_warps"], registers, made.metadata.shared, spilled,
+        dict(launch.options)["num_warps"], registers, made.metadata.shared, spilled, height,
         max(set(instructions), key=instructions.count) if instructions else "",
     )  # fmt: skip
 
 
-def _recorded(rule: dict[str, Any], target: str, itemsize: int) -> Iterator[Launch]:
+def recorded(rule: dict[str, Any], target: str, itemsize: int) -> Iterator[Launch]:
+    """What is launched for a problem of the rule."""
     plan, dtype = rule["plan"], DTYPES[itemsize]
     limits = {name: rule["if"].get(name, {}).get("most", 1 << 30) for name in ("M", "ranks")}
     M, ranks, K = min(1024, limits["M"]), min(64, limits["ranks"]), 4096
@@ -126,10 +131,18 @@ def _recorded(rule: dict[str, Any], target: str, itemsize: int) -> Iterator[Laun
         weights = [(empty(N, K), None) for N in Ns]
         chained = target in ("sm90", "sm100")
         MODES[plan.mode](Call(empty(M, K), weights, *arenas, routed, plan, chained))
+        if plan.mode == "separate":
+            _train(Call(empty(M, K), weights, *arenas, routed, plan, chained))
+            _train(Call(empty(M, K), weights, *arenas, routed, plan, chained, dropout=Dropout(0.1, 1 << 40)))
         places = torch.empty(20, dtype=torch.int32, device="meta")
         factors.compose_factors(arenas[0][0], places, torch.empty(20, 20, device="meta"), places, 16)
     for kernel, kwargs in recorder.launched:
         yield _specialised(kernel, kwargs, plan, itemsize, len(Ns))
+
+
+def _train(call: Call) -> None:
+    Ys, S = training.forward(call)
+    training.backward(call, Ys, S, Wanted(x=True, C=True, A=True, Bt=True))
 
 
 def _kernel(name: str) -> Any:
@@ -187,11 +200,15 @@ def _specialised(kernel: str, kwargs: dict[str, Any], plan: TilePlan, itemsize: 
 
 
 def _type(value: Any) -> str:
-    return "*" + NAMES[value.dtype] if isinstance(value, Tensor) else "i32"
+    if isinstance(value, Tensor):
+        return "*" + NAMES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i64" if value >= 1 << 31 else "i32"
 
 
 def _aligned(value: Any) -> bool:
-    return value.storage_offset() * value.element_size() % 16 == 0 if isinstance(value, Tensor) else value % 16 == 0
+    if isinstance(value, Tensor):
+        return value.storage_offset() * value.element_size() % 16 == 0
+    return isinstance(value, int) and value % 16 == 0
 
 
 def _cuda(made: Any) -> tuple[int, int, str]:

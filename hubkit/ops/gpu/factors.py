@@ -52,6 +52,7 @@ def compose_factors(arena: Tensor, sources: Tensor, weights: Tensor, targets: Te
 
 def compose_factors_naive(arena: Tensor, sources: Tensor, weights: Tensor, targets: Tensor, rank: int) -> None:
     """The meaning of `compose_factors`, slot by slot."""
+    wide = torch.promote_types(arena.dtype, torch.float32)
     for target, line in zip(targets.tolist(), weights, strict=True):
-        shared = torch.stack([arena[start : start + rank].float() for start in sources.tolist()])
-        arena[target : target + rank] = torch.einsum("n,nrk->rk", line, shared).to(arena.dtype)
+        shared = torch.stack([arena[start : start + rank].to(wide) for start in sources.tolist()])
+        arena[target : target + rank] = torch.einsum("n,nrk->rk", line.to(wide), shared).to(arena.dtype)

@@ -31,9 +31,9 @@ from hubkit.ops.gpu.tiles import (
 @triton.jit
 def shrink_kernel(
     x, As, S, planes, arrivals, rows, counts, C, group,
-    M, K, K_SPLIT, stride_x, stride_c, stride_g, stride_rows, stride_counts, CAP, CHUNKS,
+    M, K, K_SPLIT, stride_x, stride_c, stride_g, stride_rows, stride_counts, CAP, CHUNKS, seed, threshold, scale,
     MEMBERS: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
-    EVEN_K: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    EVEN_K: tl.constexpr, DROP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles · members, columns of programs that share a tile's chunks of BR arena rows, SPLIT)."""
     if PDL:
@@ -45,8 +45,8 @@ def shrink_kernel(
     for chunk in range(tl.program_id(1), tl.cdiv(count, BR), tl.num_programs(1)):
         shrink_unit(
             x, A, S, planes, arrivals, rows, C, group, tile, which, chunk, tl.program_id(2), count,
-            M, K, K_SPLIT, stride_x, stride_c, stride_g, stride_rows, CAP, CHUNKS,
-            BM, BR, BK, SPLIT, EVEN_K, UPCAST, PRECISION,
+            M, K, K_SPLIT, stride_x, stride_c, stride_g, stride_rows, CAP, CHUNKS, seed, threshold, scale,
+            BM, BR, BK, SPLIT, EVEN_K, DROP, UPCAST, PRECISION,
         )  # fmt: skip
 
 
@@ -174,8 +174,8 @@ def produce(
     for chunk in range(column, tl.cdiv(count, BR), COLUMNS):
         last = shrink_unit(
             x, A, S, planes, arrivals, rows, C, group, tile, which, chunk, split, count,
-            M, K, K_SPLIT, stride_x, stride_c, stride_g, stride_rows, CAP, CHUNKS,
-            BM, BR, BK, SPLIT, EVEN_K, UPCAST, PRECISION,
+            M, K, K_SPLIT, stride_x, stride_c, stride_g, stride_rows, CAP, CHUNKS, 0, 0, 1.0,
+            BM, BR, BK, SPLIT, EVEN_K, False, UPCAST, PRECISION,
         )  # fmt: skip
         if last:
             tl.debug_barrier()  # all threads have written their part of S

@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 from torch.nn.functional import linear
 
+from hubkit.ops.dropout import Dropout
 from hubkit.ops.gpu import kernels
 from hubkit.ops.gpu.plans import TilePlan
 from hubkit.ops.gpu.routes import Route
@@ -32,6 +33,7 @@ class Call:
     plan: TilePlan
     chained: bool = False  # programmatic dependent launch: sm90 and later
     invariant: bool = False  # arena rows keep their places in a step, whatever the neighbours use
+    dropout: Dropout | None = None  # of what the branches see of x; in mode `separate` alone
 
     def __post_init__(self) -> None:
         self.M, self.K = self.x.shape
@@ -69,9 +71,9 @@ class Call:
         filled = (b if b is not None else self.x.new_zeros(N) for b, N in zip(given, self.Ns, strict=True))
         return {"HAS_BIAS": True}, tuple(filled)
 
-    def shrunk(self) -> Tensor:
+    def shrunk(self, dtype: torch.dtype | None = None) -> Tensor:
         """S [members, M, ranks], to be filled."""
-        return self.x.new_empty(len(self.Ns), self.M, self.ranks)
+        return self.x.new_empty(len(self.Ns), self.M, self.ranks, dtype=dtype)
 
     def planes(self) -> Tensor:
         """Partial sums of the shrink, fp32, none where K is not cut."""
@@ -96,7 +98,7 @@ def mode(function: Mode) -> Mode:
 @mode
 def chained(call: Call) -> Sequence[Tensor]:
     """F1: the shrink, and a base product that starts beside it and adds S Bt in its epilogue."""
-    S, Ys, plan = _shrink(call), call.outputs(), call.plan
+    S, Ys, plan = shrink(call), call.outputs(), call.plan
     has_bias, biases = call.biases()
     kernels.chained_kernel[(call.tiles * call.blocks,)](
         call.x, call.Ws, biases, call.Bts, Ys, S, call.lists.rows, call.lists.counts, call.Ns,
@@ -111,13 +113,13 @@ def chained(call: Call) -> Sequence[Tensor]:
 def separate(call: Call) -> Sequence[Tensor]:
     """F4: y += S Bt behind base products of torch, or of whatever else made them."""
     Ys = tuple(linear(call.x, W, bias) for W, bias in call.weights)
-    add(call, Ys)
+    expand(call, Ys, shrink(call))
     return Ys
 
 
-def add(call: Call, Ys: tuple[Tensor, ...]) -> None:
-    """Y += delta in place, each Y [M, N] contiguous; tiles without coefficients are not touched."""
-    S, plan = _shrink(call), call.plan
+def expand(call: Call, Ys: tuple[Tensor, ...], S: Tensor) -> None:
+    """Y += S Bt in place, each Y [M, N] contiguous; tiles without coefficients are not touched."""
+    plan = call.plan
     kernels.separate_kernel[(call.tiles * call.blocks,)](
         call.Bts, Ys, S, call.lists.rows, call.lists.counts, call.Ns,
         call.M, **call.listed, CAP=call.ranks,
@@ -161,18 +163,27 @@ def ticketed(call: Call) -> Sequence[Tensor]:
     return Ys
 
 
-def _shrink(call: Call) -> Tensor:
-    S, plan = call.shrunk(), call.plan
+def shrink(call: Call, *, C: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """S [members, M, ranks] = (x Aᵀ) ⊙ C, C the route's by default; into `out` where there is one already."""
+    S, plan, C = call.shrunk() if out is None else out, call.plan, call.route.C if C is None else C
+    BK = plan.shrink_BK // 2 if call.dropout else plan.shrink_BK  # drawing the mask needs registers
     kernels.shrink_kernel[(call.units, call.columns, call.split)](
         call.x, call.As, S, call.planes(), counters(call.x.device, call.units * call.chunks),
-        call.lists.rows, call.lists.counts, call.route.C, call.lists.group,
+        call.lists.rows, call.lists.counts, C, call.lists.group,
         call.M, call.K, call.part, call.x.stride(0), **call.gathered, **call.listed,
-        CAP=call.ranks, CHUNKS=call.chunks,
-        MEMBERS=len(call.Ns), BM=plan.tile, BR=plan.shrink_BR, BK=plan.shrink_BK, SPLIT=call.split,
+        CAP=call.ranks, CHUNKS=call.chunks, **noise(call.dropout),
+        MEMBERS=len(call.As), BM=plan.tile, BR=plan.shrink_BR, BK=BK, SPLIT=call.split,
         EVEN_K=_even(call), **call.arithmetic, PDL=call.chained,
         num_warps=plan.shrink_warps, num_stages=plan.shrink_stages,
     )  # fmt: skip
     return S
+
+
+def noise(dropout: Dropout | None) -> dict[str, Any]:
+    """The arguments of a kernel that knows dropout."""
+    if dropout is None:
+        return {"seed": 0, "threshold": 0, "scale": 1.0, "DROP": False}
+    return {"seed": dropout.seed, "threshold": dropout.threshold, "scale": dropout.scale, "DROP": True}
 
 
 def _even(call: Call) -> bool:

@@ -1,12 +1,13 @@
 """Which kernel and which tile sizes for which problem: a table, looked up, never tuned at run time.
 
-`plans.json` holds rules, the first that matches wins; what a rule does not name it matches. Its form is in
-docs/kernel.md.
+`plans.json`, or the file that HUBKIT_PLANS names, holds rules; the first that matches wins, and what a rule does not
+name it matches. Its form is in docs/kernel-gpu.md, and `python -m hubkit.ops.tune` writes such files.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 MODES = ("chained", "ticketed", "recomputed", "separate")
 TABLE = Path(__file__).with_name("plans.json")
 VERSION = 1
+SOURCES = ("model", "measured")  # where a rule comes from; one without a source was written by hand
 
 
 @dataclass(frozen=True)
@@ -69,16 +71,34 @@ def choose(problem: Problem, mode: str | None = None) -> TilePlan:
 
 @cache
 def rules() -> list[dict[str, Any]]:
-    """[{"if": conditions, "plan": TilePlan}] in the order of the table."""
-    table = json.loads(TABLE.read_text(encoding="utf-8"))
-    if table["version"] != VERSION:
-        raise ValueError(f"plans.json is of version {table['version']}, not {VERSION}")
+    """[{"if": conditions, "plan": TilePlan}] in the order of the table in force."""
+    return load(Path(os.environ.get("HUBKIT_PLANS") or TABLE))
+
+
+def load(path: Path) -> list[dict[str, Any]]:
+    """The rules of a table, each with "if" and "plan", and "source" and "card" where the table says them.
+
+    Raises:
+        ValueError: the file is not a table of this version, or a rule says what it cannot.
+    """
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        version, found = table["version"], table["rules"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is not a plan table ({error!r}): write one with python -m hubkit.ops.tune") from None
+    if version != VERSION:
+        raise ValueError(f"{path.name} is of version {version}, not {VERSION}: write it anew")
+    return [_rule(rule, path.name) for rule in found]
+
+
+def _rule(rule: dict[str, Any], where: str) -> dict[str, Any]:
     known = {field.name for field in fields(Problem)}
-    for rule in table["rules"]:
-        unknown = set(rule["if"]) - known
-        if unknown or rule["plan"]["mode"] not in MODES:
-            raise ValueError(f"plans.json: a rule that says {unknown or rule['plan']['mode']}")
-    return [{"if": rule["if"], "plan": TilePlan(**rule["plan"])} for rule in table["rules"]]
+    sizes = {field.name for field in fields(TilePlan)}
+    strange = (set(rule) - {"if", "plan", "source", "card"}) | (set(rule["if"]) - known) | (set(rule["plan"]) - sizes)
+    wrong = strange or {rule["plan"]["mode"]} - set(MODES) or {rule.get("source", SOURCES[0])} - set(SOURCES)
+    if wrong:
+        raise ValueError(f"{where}: a rule that says {', '.join(sorted(map(str, wrong)))}")
+    return {**rule, "plan": TilePlan(**rule["plan"])}
 
 
 def _matches(conditions: dict[str, Any], problem: Problem) -> bool:

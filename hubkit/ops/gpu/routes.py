@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hubkit.ops import cpu
+from hubkit.ops.gpu import gradients
 
 
 @triton.jit
@@ -54,6 +55,7 @@ class Lists:
     def __init__(self, C: Tensor, group: Tensor | None, tile: int, align: int) -> None:
         """C [G, R] fp32; group [M] int32, or None for group 0 throughout; `align` as ALIGN of the kernel."""
         self.C, self.tile, self.align = C, tile, align
+        self._places: Tensor | None = None
         self.M = 1 if group is None else len(group)
         self.group = torch.zeros(1, dtype=torch.int32, device=C.device) if group is None else group
         tiles, R = -(-self.M // tile), -(-C.shape[1] // align) * align
@@ -71,27 +73,54 @@ class Lists:
             self.C, self.group, self.rows, self.counts, self.M, R, self.C.stride(0), self.stride_group,
             self.rows.stride(0), BM=self.tile, BR=BR, ALIGN=self.align, num_warps=4,
         )  # fmt: skip
+        if self._places is not None:
+            self._place(self._places)
+
+    @property
+    def places(self) -> Tensor:
+        """[tiles, R] int32: at which place of its list a tile has an arena row; -1 where it has not."""
+        if self._places is None:
+            self._places = torch.empty_like(self.rows)
+            self._place(self._places)
+        return self._places
+
+    def _place(self, places: Tensor) -> None:
+        places.fill_(-1)
+        gradients.place_kernel[(len(self.counts),)](
+            self.rows, self.counts, places, self.rows.stride(0), BR=128, num_warps=4
+        )
 
 
 class Route:
     """Coefficients C [G, R] fp32 and the group [M] of each input row (None: all of group 0), with their lists.
 
     `capacity` bounds how many arena rows one tile may ever list, where C is to be changed in place later; by default
-    it is what C says now, read on the host, which costs nothing when C comes from there.
+    it is what C says now, read on the host, which costs nothing when C comes from there. `active` [G, R] bool says
+    what is read where it is not all that has a coefficient.
     """
 
-    def __init__(self, C: Tensor, group: Tensor | None, device: torch.device, capacity: int | None = None) -> None:
-        self._host = C.cpu(), None if group is None else group.cpu()
+    def __init__(
+        self,
+        C: Tensor,
+        group: Tensor | None,
+        device: torch.device,
+        capacity: int | None = None,
+        active: Tensor | None = None,
+    ) -> None:
+        read = C.detach() if active is None else active.to(torch.float32)
+        self._host = read.cpu(), None if group is None else group.cpu()
         self._capacities: dict[tuple[int, int], int] = {}
         self._fixed = capacity
-        self.C = C.to(device).contiguous()
+        self.whole = C
+        self.C = C.detach().to(device).contiguous()
+        self._read = self.C if active is None else read.to(device)
         self.group = None if group is None else group.to(device, torch.int32).contiguous()
         self._lists: dict[tuple[int, int], Lists] = {}
 
     def capacity(self, tile: int, align: int = 1) -> int:
         """The most places that the list of a tile of this height has."""
-        if self._fixed is not None:
-            return -(-self._fixed // align) * align
+        if self._fixed is not None:  # whole blocks, of which each used arena row may need one of its own
+            return min(self._fixed, -(-self.C.shape[1] // align)) * align
         if (tile, align) not in self._capacities:
             C, group = self._host
             group = torch.zeros(1, dtype=torch.long) if group is None else group
@@ -103,13 +132,33 @@ class Route:
 
     @cached_property
     def generic(self) -> cpu.Route:
-        group = self._host[1]
-        return cpu.Route(self.C, None if group is None else group.to(self.C.device))
+        group, active = self._host[1], None if self._read is self.C else self._read != 0
+        return cpu.Route(self.whole.to(self.C.device), None if group is None else group.to(self.C.device), active)
+
+    @property
+    def reads(self) -> Tensor:
+        """[G, R] fp32: one where a group reads an arena row, else zero."""
+        return (self._read != 0).float()
 
     def lists(self, tile: int, align: int = 1) -> Lists:
         if (tile, align) not in self._lists:
-            self._lists[tile, align] = Lists(self.C, self.group, tile, align)
+            self._lists[tile, align] = Lists(self._read, self.group, tile, align)
         return self._lists[tile, align]
+
+    def rewrite(self, C: Tensor, group: Tensor | None) -> None:
+        """Take C and group of the same shapes for the old ones, in place."""
+        lengths = [None if each is None else len(each) for each in (group, self.group)]
+        if C.shape != self.C.shape or lengths[0] != lengths[1]:
+            raise ValueError(
+                f"C {tuple(C.shape)} and {lengths[0]} groups, where {tuple(self.C.shape)}, {lengths[1]} were"
+            )
+        self._host = C.cpu(), None if group is None else group.cpu()
+        self.whole = C
+        self.C.copy_(C)
+        if self.group is not None and group is not None:
+            self.group.copy_(group)
+        self.__dict__.pop("generic", None)
+        self.refresh()
 
     def refresh(self) -> None:
         """After C or group were changed in place: find all lists anew, on the device alone."""

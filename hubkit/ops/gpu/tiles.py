@@ -47,6 +47,21 @@ def input_tile(x, m, k, M, K, stride_x, EVEN_K: tl.constexpr):
 
 
 @triton.jit
+def kept(m, k, seed, threshold):
+    """[BM, BK] whether dropout lets elements (m, k) through: `hubkit.ops.dropout`."""
+    column = (m * 0)[:, None] + k[None, :]
+    row = m[:, None] + (k * 0)[None, :]
+    word, _, _, _ = tl.philox(seed, column, row, column * 0, column * 0)
+    return (word >> 1).to(tl.int32) < threshold
+
+
+@triton.jit
+def dropped(tile, m, k, seed, threshold, scale):
+    """tile [BM, BK] of elements (m, k) after dropout, in its own dtype."""
+    return tl.where(kept(m, k, seed, threshold), tile.to(tl.float32) * scale, 0.0).to(tile.dtype)
+
+
+@triton.jit
 def weight_tile(W, n, k, N, K, EVEN_K: tl.constexpr):
     """Wᵀ [BK, BN] of the base. The one place that knows how a base weight is stored: a quantised base
     dequantises here."""
@@ -78,9 +93,9 @@ def shrink_unit(
     x, A, S, planes, arrivals,
     rows, C, group,
     tile, which, chunk, split, count,
-    M, K, K_SPLIT, stride_x, stride_c, stride_g, stride_rows, CAP, CHUNKS,
+    M, K, K_SPLIT, stride_x, stride_c, stride_g, stride_rows, CAP, CHUNKS, seed, threshold, scale,
     BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, EVEN_K: tl.constexpr,
-    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    DROP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile's (x Aᵀ) ⊙ C for BR of its arena rows and one of SPLIT parts of K, into S [members, M, CAP].
 
@@ -94,9 +109,10 @@ def shrink_unit(
     acc = tl.zeros((BM, BR), tl.float32)
     for start in range(split * K_SPLIT, tl.minimum((split + 1) * K_SPLIT, K), BK):
         k = start + tl.arange(0, BK)
-        acc = product(
-            input_tile(x, m, k, M, K, stride_x, EVEN_K), factor_tile(A, r, live, k, K, EVEN_K), acc, UPCAST, PRECISION
-        )
+        xt = input_tile(x, m, k, M, K, stride_x, EVEN_K)
+        if DROP:
+            xt = dropped(xt, m, k, seed, threshold, scale)
+        acc = product(xt, factor_tile(A, r, live, k, K, EVEN_K), acc, UPCAST, PRECISION)
     unit = (which * tl.cdiv(M, BM) + tile).to(tl.int64) * CHUNKS + chunk
     last = True
     if SPLIT > 1:

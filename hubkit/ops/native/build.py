@@ -16,8 +16,11 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("delta.cpp")
+HERE = Path(__file__).parent
+SOURCES = tuple(HERE / f"{name}.cpp" for name in ("attend", "delta", "fused", "outer", "philox", "rows"))
+HEADERS = tuple(HERE / f"{name}.h" for name in ("route", "tile", "vector"))
 FLAGS = "-std=c++17 -O3 -march=native -fPIC -fopenmp -fvisibility=hidden".split()
+LIBRARY = "hubkit.so"
 SECONDS = 120
 
 
@@ -59,22 +62,20 @@ def library() -> Path:
                 if error:
                     built.with_suffix(".failed").write_text(error)
                     raise BuildError(f"the build failed: see {built.with_suffix('.failed')}")
-                os.replace(Path(temporary) / "delta.so", built)
+                os.replace(Path(temporary) / LIBRARY, built)
     except OSError as error:
         raise BuildError(f"the build failed: {error}") from error
     return built
 
 
 def _compile(command: list[str], folder: Path) -> str:
-    """delta.so in `folder`; returns what the compiler complains about, if it fails.
+    """The library in `folder`; returns what the compiler complains about, if it fails.
 
     Linked without -fopenmp: that would name a second OpenMP runtime beside the one that comes with torch.
     """
-    object_file, shared = folder / "delta.o", folder / "delta.so"
-    for step in (
-        [*command, *FLAGS, "-c", str(SOURCE), "-o", str(object_file)],
-        [*command, "-shared", str(object_file), "-o", str(shared)],
-    ):
+    compiled = {source: folder / source.with_suffix(".o").name for source in SOURCES}
+    steps = [[*command, *FLAGS, "-c", str(source), "-o", str(target)] for source, target in compiled.items()]
+    for step in (*steps, [*command, "-shared", *map(str, compiled.values()), "-o", str(folder / LIBRARY)]):
         try:
             done = subprocess.run(step, capture_output=True, text=True, timeout=SECONDS, check=False)
         except subprocess.TimeoutExpired:
@@ -86,7 +87,12 @@ def _compile(command: list[str], folder: Path) -> str:
 
 def _key(command: list[str]) -> str:
     version = subprocess.run([*command, "--version"], capture_output=True, check=False).stdout
-    parts = [SOURCE.read_bytes(), shlex.join([*command, *FLAGS]).encode(), version, _processor().encode()]
+    parts = [
+        *(source.read_bytes() for source in (*SOURCES, *HEADERS)),
+        shlex.join([*command, *FLAGS]).encode(),
+        version,
+        _processor().encode(),
+    ]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
 
 

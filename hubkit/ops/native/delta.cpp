@@ -12,29 +12,16 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <type_traits>
 #include <vector>
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
 
-#ifndef LANES  // tests compile the width of AVX-512 for narrower machines, too
-#if defined(__AVX512F__)
-#define LANES 16
-#else
-#define LANES 8
-#endif
-#endif
+#include "route.h"
+#include "vector.h"
 
 namespace {
 
 // Accumulators live in registers only if all loops over a tile are unrolled.
 #define UNROLL _Pragma("GCC unroll 8")
-
-using Vec = float __attribute__((vector_size(LANES * 4)));
-using Bits = uint32_t __attribute__((vector_size(LANES * 4)));
-using Short = uint16_t __attribute__((vector_size(LANES * 2)));
 
 // Register tiles: ROWS * COLS accumulators and the operands fit the 16 registers of AVX2, the 32 of AVX-512.
 constexpr int ROWS = LANES == 16 ? 6 : 3;
@@ -46,62 +33,6 @@ constexpr int64_t DEPTH = 1024;          // of K: a chunk of A to that depth sta
 constexpr int64_t PANEL = 8192;          // floats of Bt in an expand task, which stay in the L1 cache
 constexpr int64_t SMALL = 1 << 16;       // multiplications that are not worth waking other threads for
 
-struct bfloat16 { uint16_t bits; };
-struct float16 { uint16_t bits; };
-
-template <class To, class From> To as(const From& from) {
-    static_assert(sizeof(To) == sizeof(From));
-    To to;
-    std::memcpy(&to, &from, sizeof to);
-    return to;
-}
-
-template <class V> V read(const void* p) {
-    V v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-}
-
-Vec load(const float* p) { return read<Vec>(p); }
-void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
-
-Vec load(const bfloat16* p) { return as<Vec>(__builtin_convertvector(read<Short>(p), Bits) << 16); }
-
-void store(bfloat16* p, Vec v) {  // to nearest even; a NaN stays one
-    Bits bits = as<Bits>(v);
-    Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    Bits nan = as<Bits>(v != v);
-    Short narrow = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Short);
-    std::memcpy(p, &narrow, sizeof narrow);
-}
-
-Vec load(const float16* p) {
-#if defined(__F16C__) && LANES == 8
-    return as<Vec>(_mm256_cvtph_ps(read<__m128i>(p)));
-#elif defined(__AVX512F__) && LANES == 16
-    return as<Vec>(_mm512_cvtph_ps(read<__m256i>(p)));
-#else
-    Vec v;
-    for (int i = 0; i < LANES; i++) v[i] = float(read<_Float16>(p + i));
-    return v;
-#endif
-}
-
-void store(float16* p, Vec v) {
-#if defined(__F16C__) && LANES == 8
-    __m128i narrow = _mm256_cvtps_ph(as<__m256>(v), _MM_FROUND_TO_NEAREST_INT);
-    std::memcpy(p, &narrow, sizeof narrow);
-#elif defined(__AVX512F__) && LANES == 16
-    __m256i narrow = _mm512_cvtps_ph(as<__m512>(v), _MM_FROUND_TO_NEAREST_INT);
-    std::memcpy(p, &narrow, sizeof narrow);
-#else
-    for (int i = 0; i < LANES; i++) {
-        _Float16 narrow = _Float16(v[i]);
-        std::memcpy(p + i, &narrow, sizeof narrow);
-    }
-#endif
-}
-
 // Makes the compiler load v once. It would rather fold the load into every multiplication, and then loads, of which
 // a core does fewer per cycle than a tile wants, set the pace.
 inline void hold(Vec& v) {
@@ -110,31 +41,6 @@ inline void hold(Vec& v) {
 #else
     (void)v;
 #endif
-}
-
-// The first n < LANES elements; zeros behind them.
-template <class T> Vec load(const T* p, int64_t n) {
-    T padded[LANES] = {};
-    std::memcpy(padded, p, n * sizeof(T));
-    return load(padded);
-}
-
-template <class T> void store(T* p, Vec v, int64_t n) {
-    T padded[LANES];
-    store(padded, v);
-    std::memcpy(p, padded, n * sizeof(T));
-}
-
-template <class T> void widen(const T* from, float* to, int64_t n) {
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) store(to + i, load(from + i));
-    if (i < n) store(to + i, load(from + i, n - i), n - i);
-}
-
-float sum(Vec v) {  // halves onto halves
-    for (int width = LANES / 2; width; width /= 2)
-        for (int i = 0; i < width; i++) v[i] += v[i + width];
-    return v[0];
 }
 
 // ---- the two tiles -------------------------------------------------------------------------------------------
@@ -186,22 +92,6 @@ template <int R = ROWS, class F> void with_rows(int64_t rows, F f) {
 }
 
 // ---- blocks and tasks ----------------------------------------------------------------------------------------
-
-extern "C" {
-// Which batch rows and arena rows belong to each group: group g has rows[row_start[g] : row_start[g + 1]]
-// (rows null: one group of all M rows), and cols and coef[col_start[g] : col_start[g + 1]].
-struct Route {
-    int64_t groups;
-    const int64_t *row_start, *rows, *col_start, *cols;
-    const float* coef;
-};
-// One linear: A [., K], Bt [., N], contiguous.
-struct Member {
-    const void *A, *Bt;
-    int64_t N;
-    Route route;
-};
-}
 
 struct Block {  // up to BLOCK rows of one group in one linear
     const Member* member;

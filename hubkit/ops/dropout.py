@@ -1,0 +1,65 @@
+"""Dropout on the input of the branches, drawn again in the backward pass instead of being kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ROUNDS, WORD = 10, 0xFFFFFFFF
+MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
+KEYS = 0x9E3779B9, 0xBB67AE85
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Each element of x [M, K] reaches the branches with probability 1 - p, divided by that, as in peft.
+
+    Element (m, k) is kept if the upper 31 bits of the first word of Philox-4x32-10 (Salmon et al., SC 2011), under the
+    key `seed` at the counter (k, m, 0, 0), are below `threshold`. So a mask depends on seed and place alone: every
+    implementation and device draws the same. Linears that read the same input share one mask.
+    """
+
+    p: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.p < 1:
+            raise ValueError(f"a dropout probability is at least 0 and below 1, not {self.p}")
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"a dropout seed is an int of 63 bits, not {self.seed}")
+
+    @property
+    def threshold(self) -> int:
+        return min(round((1 - self.p) * 2**31), 2**31 - 1)
+
+    @property
+    def scale(self) -> float:
+        return 1 / (1 - self.p)
+
+    def mask(self, x: Tensor) -> Tensor:
+        """Of x's shape and dtype: `scale` where an element is kept, else 0. The leading dimensions of x count up the
+        rows m."""
+        from hubkit.ops import native  # which stands on this module
+
+        K = x.shape[-1]
+        rows = x.numel() // K if K else 0
+        drawn = philox if native.unavailable() or x.device.type != "cpu" else native.philox
+        kept = drawn(rows, K, self.seed, x.device) >> 1 < self.threshold
+        return (kept * self.scale).to(x.dtype).view(x.shape)
+
+
+def philox(rows: int, columns: int, seed: int, device: torch.device) -> Tensor:
+    """[rows, columns] int64: the first word of Philox-4x32-10, key `seed`, counter (column, row, 0, 0)."""
+    zero = torch.zeros(rows, columns, dtype=torch.int64, device=device)
+    c0 = zero + torch.arange(columns, device=device)
+    c1 = zero + torch.arange(rows, device=device)[:, None]
+    c2, c3 = zero, zero
+    k0, k1 = seed & WORD, seed >> 32
+    for _ in range(ROUNDS):
+        a, b = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]  # wraps at 64 bits, of which the upper half is taken below
+        c0, c1 = ((b >> 32) & WORD) ^ c1 ^ k0, b & WORD
+        c2, c3 = ((a >> 32) & WORD) ^ c3 ^ k1, a & WORD
+        k0, k1 = (k0 + KEYS[0]) & WORD, (k1 + KEYS[1]) & WORD
+    return c0
