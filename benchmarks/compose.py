@@ -1,6 +1,8 @@
 """LoraHub's whole job, by the `lorahub` package and by hubkit, on the same random T5 and adapters.
 
-    python -m benchmarks.compose [--toy] [--device cpu] [--repeats 3] [--format human|json]
+    python -m benchmarks.compose [--only lorahub|population] [--toy] [--device cpu] [--repeats 3] [--format human|json]
+
+`population` is another measurement, candidates per second, on a CPU: see `benchmarks/population.py`.
 
 The job: load base and adapters, search 40 mixtures for 5 examples, put the result into the model. Each run is
 a process of its own; imports are not counted; the peers take turns and a figure is the median over the turns.
@@ -291,6 +293,7 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", choices=("lorahub", "population"), help="one of the two measurements")
     parser.add_argument("--toy", action="store_true", help="a size that takes seconds, to see that it works")
     parser.add_argument("--device", default="cpu", help="of both peers; lorahub takes a GPU where there is one")
     parser.add_argument("--repeats", type=int, default=3)
@@ -303,14 +306,28 @@ def main() -> None:
     if options.child:
         child(options, size)
         return
-    result = {**measure(options, size), "machine": machine(options)}
+    results = {} if options.only == "population" else measure(options, size)
+    if options.only != "lorahub":
+        from benchmarks import population
+
+        results["population"] = population.measure(options)
+    results["machine"] = machine(options)
     if options.format == "json":
-        print(json.dumps(result))
+        print(json.dumps(results))
         return
-    print({name: value for name, value in result.items() if name != "rows"})
-    print("".join(f"{name:>14}" for name in result["rows"][0]))
-    for row in result["rows"]:
-        print("".join(f"{value:>14.3g}" if isinstance(value, float) else f"{value:>14}" for value in row.values()))
+    show(results)
+    show(results.get("population", {}))
+
+
+def show(results: dict[str, Any]) -> None:
+    """A table of the rows below everything that is single."""
+    print({name: value for name, value in results.items() if name not in ("rows", "population")})
+    for place, row in enumerate(rows := results.get("rows", [])):
+        cells = {name: f"{value:.3g}" if isinstance(value, float) else str(value) for name, value in row.items()}
+        widths = {name: max(len(name), 14, *(len(str(each[name])) for each in rows)) + 2 for name in row}
+        if place == 0:
+            print("".join(f"{name:>{widths[name]}}" for name in row))
+        print("".join(f"{cell:>{widths[name]}}" for name, cell in cells.items()))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from compose.control import random_pool
+
 TASKS = ("ii_antonyms", "ii_larger_animal", "ii_translation_en_fr", "trec", "tweet_emotion")
 COMPOSED = {
     "best single": {"method": "best-single"},
@@ -27,7 +29,9 @@ COMPOSED = {
     "delta-cma": {"method": "delta-cma"},
     "screen": {"method": "screen"},
     "screen-refine": {"method": "screen-refine"},
-    "random-weight pool": {"method": "random-pool"},
+    "gradient": {"method": "gradient"},
+    "random-weight pool, by gradient": {"method": "gradient", "pool": random_pool},
+    "random-weight pool": {"method": "screen-refine", "pool": random_pool},
 }
 RESULTS = Path(__file__).parent / "results" / "experiment-smollm2.jsonl"
 
@@ -124,7 +128,7 @@ class Cell:
         from compose.search import compose
         from hubkit.combine import concatenate, factor_sum
 
-        result = compose(self.base, self.candidates, self.shots, seed=self.seed, **options)
+        result = compose(self.base, self.candidates, self.shots, seed=self.seed, compare=False, **options)
         used = {name: weight for name, weight in result.mixed.items() if weight}
         facts = {"chosen": result.chosen, "train_loss": result.loss, "strength": sum(used.values())}
         if not used:

@@ -1,12 +1,13 @@
 """LoRA training: hubkit against peft + transformers, the same model, rank, batches, initial states and loss.
 
     python -m benchmarks.train [--base REF] [--steps 12] [--rank 16] [--batch 16] [--peers all|fast]
-    [--compile]
-                               [--format human|json]
+                               [--data FILE.jsonl] [--template plain|chat] [--compile] [--format human|json]
 
-Everybody trains on the same made-up text tasks of random length, step for step in turns, in one process; a
-figure is the median over the steps after the first two. Every peft configuration gets the head on target
-positions only and no padding mask, as hubkit does; without those two it would be several times slower.
+Everybody trains on the same examples, made-up text tasks of random length or those of a file, step for step in turns,
+in one process; a figure is the median over the steps after the first two. Tokens are those of the examples, padding
+left out; `rows` says which share of them hubkit computes, since examples that begin alike share their beginning. Every
+peft configuration gets the head on target positions only and no padding mask, as hubkit does; without those two it
+would be several times slower.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import statistics
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -27,69 +29,22 @@ import torch
 
 from hubkit.base import load_base
 from hubkit.likelihood import token_losses
-from hubkit.task import Example
+from hubkit.prompt import Template
+from hubkit.task import Example, load_task
 from hubkit.train.data import encode_all, length
+from hubkit.train.packing import pack
 from hubkit.train.recipe import ALL_LINEAR, Recipe
 from hubkit.train.trainer import Run, frozen, resolved
 
 Step = Callable[[int], float]
-WORDS = [
-    "time",
-    "year",
-    "people",
-    "way",
-    "day",
-    "man",
-    "thing",
-    "woman",
-    "life",
-    "child",
-    "world",
-    "school",
-    "state",
-    "family",
-    "student",
-    "group",
-    "country",
-    "problem",
-    "hand",
-    "part",
-    "place",
-    "case",
-    "week",
-    "company",
-    "system",
-    "program",
-    "question",
-    "work",
-    "government",
-    "number",
-    "night",
-    "point",
-    "home",
-    "water",
-    "room",
-    "mother",
-    "area",
-    "money",
-    "story",
-    "fact",
-    "month",
-    "lot",
-    "right",
-    "study",
-    "book",
-    "eye",
-    "job",
-    "word",
-    "business",
-    "issue",
-    "side",
-    "kind",
-    "head",
-    "house",
-]
+WORDS = """
+    time year people way day man thing woman life child world school state family student group country
+    problem hand part place case week company system program question work government number night point home
+    water room mother area money story fact month lot right study book eye job word business issue side kind
+    head house
+""".split()
 WARM = 2
+EXACT = "peft fp32"  # whose losses the others' are compared with, if it runs
 
 
 def examples(count: int, seed: int) -> list[Example]:
@@ -143,31 +98,24 @@ def peft_step(run: Run, model: Any, dtype: torch.dtype, *, wide: bool, attention
     return step
 
 
-def hubkit_step(run: Run) -> Step:
-    def step(number: int) -> float:
-        with frozen(run.base.model):
-            return run.step(number)
-
-    return step
-
-
 def contenders(run: Run, model: Any, options: argparse.Namespace) -> dict[str, Step]:
-    settings = {
-        "peft bf16, bf16 adapter, eager attention": (torch.bfloat16, False, "eager", False),
-        "peft bf16, fp32 adapter, eager attention": (torch.bfloat16, True, "eager", False),
-    }
-    if options.peers == "all":
+    settings = {}
+    if run.base.dtype == torch.bfloat16:
+        settings["peft bf16, bf16 adapter, eager attention"] = (torch.bfloat16, False, "eager", False)
+        settings["peft bf16, fp32 adapter, eager attention"] = (torch.bfloat16, True, "eager", False)
+    if options.peers == "all" or not settings:
+        settings["peft fp32, eager attention"] = (torch.float32, True, "eager", False)
+        settings[EXACT] = (torch.float32, True, "sdpa", False)
+    if options.peers == "all" and run.base.dtype == torch.bfloat16:
         settings["peft bf16, bf16 adapter"] = (torch.bfloat16, False, "sdpa", False)
         settings["peft bf16, fp32 adapter"] = (torch.bfloat16, True, "sdpa", False)
-        settings["peft fp32"] = (torch.float32, True, "sdpa", False)
-        settings["peft fp32, eager attention"] = (torch.float32, True, "eager", False)
     if options.compile:
         settings["peft bf16, bf16 adapter, torch.compile"] = (torch.bfloat16, False, "sdpa", True)
     steps = {
         name: peft_step(run, model, dtype, wide=wide, attention=attention, compiled=compiled)
         for name, (dtype, wide, attention, compiled) in settings.items()
     }
-    return {"hubkit": hubkit_step(run), **steps}
+    return {"hubkit": run.step, **steps}
 
 
 def measure(run: Run, steps: dict[str, Step], count: int) -> dict[str, dict[str, Any]]:
@@ -183,12 +131,13 @@ def measure(run: Run, steps: dict[str, Step], count: int) -> dict[str, dict[str,
             losses[name].append(step(number))
             seconds[name].append(time.perf_counter() - began)
             busy[name].append(time.process_time() - used)
+    exact = losses[EXACT if EXACT in steps else "hubkit"]
     return {
         name: {
             "tokens_per_second": rate(tokens, seconds[name]),
             "tokens_per_cpu_second": rate(tokens, busy[name]),
             "losses": losses[name],
-            "loss_distance": statistics.fmean(abs(a - b) for a, b in zip(losses[name], losses["hubkit"], strict=True)),
+            "loss_distance": statistics.fmean(abs(a - b) for a, b in zip(losses[name], exact, strict=True)),
         }
         for name in steps
     }
@@ -196,6 +145,13 @@ def measure(run: Run, steps: dict[str, Step], count: int) -> dict[str, dict[str,
 
 def rate(tokens: list[int], seconds: list[float]) -> float:
     return statistics.median(t / s for t, s in zip(tokens[WARM:], seconds[WARM:], strict=True))
+
+
+def shared_rows(run: Run, count: int) -> float:
+    """Which share of the tokens is computed where examples share the rows of their beginning."""
+    steps = [[run.examples[i] for i in run.plan.step(number)] for number in range(WARM, count)]
+    rows = sum(pack(chosen)[1].rows for chosen in steps)
+    return rows / sum(length(e) for chosen in steps for e in chosen)
 
 
 def report(options: argparse.Namespace) -> dict[str, Any]:
@@ -207,15 +163,17 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
         steps=options.steps,
         batch=options.batch,
         lr=5e-4,
+        template=Template(options.template),
     )
     recipe = resolved(base, recipe, None)
     assert recipe.template is not None
-    encoded = encode_all(
-        examples(options.batch * options.steps, seed=7), recipe.template, base.tokenizer, recipe.max_length
-    )
+    count = options.batch * options.steps
+    given = load_task(options.data)[:count] if options.data else examples(count, seed=7)
+    encoded = encode_all(given, recipe.template, base.tokenizer, recipe.max_length)
     pristine = copy.deepcopy(base.model)
     run = Run(base, recipe, encoded)
-    found = measure(run, contenders(run, pristine, options), options.steps)
+    with frozen(base.model):
+        found = measure(run, contenders(run, pristine, options), options.steps)
     run.close()
     peers = {name: row["tokens_per_second"] for name, row in found.items() if name != "hubkit"}
     best = max(peers, key=lambda name: peers[name])
@@ -224,6 +182,9 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
         "rank": options.rank,
         "batch": options.batch,
         "steps": options.steps,
+        "data": options.data.name if options.data else "made up",
+        "template": options.template,
+        "rows": shared_rows(run, options.steps),
         "contenders": found,
         "best_peft": best,
         "ratio": found["hubkit"]["tokens_per_second"] / peers[best],
@@ -239,10 +200,15 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
 
 def human(found: dict[str, Any]) -> str:
     lines = [f"{found['base']}, rank {found['rank']}, all linears, batch {found['batch']}, {found['steps']} steps"]
-    lines.append(f"{'':44}{'tokens/s':>9}{'tokens/CPU-s':>14}{'last loss':>11}{'mean |Δ loss| to hubkit':>25}")
+    lines.append(
+        f"data: {found['data']}, {found['template']} template; hubkit computes {found['rows']:.0%} of the tokens"
+    )
+    exact = EXACT if EXACT in found["contenders"] else "hubkit"
+    distance = f"mean |Δ loss| to {exact}"
+    lines.append(f"{'':44}{'tokens/s':>9}{'tokens/CPU-s':>14}{'last loss':>11}{distance:>28}")
     for name, row in found["contenders"].items():
         lines.append(
-            f"{name:44}{row['tokens_per_second']:9.0f}{row['tokens_per_cpu_second']:14.0f}{row['losses'][-1]:11.4f}{row['loss_distance']:25.4f}"
+            f"{name:44}{row['tokens_per_second']:9.0f}{row['tokens_per_cpu_second']:14.0f}{row['losses'][-1]:11.4f}{row['loss_distance']:28.4f}"
         )
     lines.append(
         f"hubkit trains {found['ratio']:.2f} times as fast as the best, {found['best_peft']} "
@@ -258,6 +224,8 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--peers", choices=("all", "fast"), default="all", help="fast: leave out the slowest")
+    parser.add_argument("--data", type=Path, help="examples to train on; made-up ones if absent")
+    parser.add_argument("--template", choices=("plain", "chat"), default="plain")
     parser.add_argument("--compile", action="store_true", help="also try torch.compile (needs a C++ compiler)")
     parser.add_argument("--format", choices=("human", "json"), default="human")
     options = parser.parse_args()

@@ -42,7 +42,8 @@ class Job:
         objective = self.method.objective(self.batch_size)
         main = Run(self.method.search(self.brief), objective, self.method.effect(self.brief.count))
         trial = Trial(self._contenders(), self.brief, len(self.task))
-        run_together([main, *trial.runs], self.population.losses, lambda: self._report(main))
+        runs = [main, *trial.runs]
+        run_together(runs, self.population.losses, self.population.gradients, lambda: self._report(main))
         held_out = trial.losses(self.population.losses)
         chosen = lowest(held_out) or self.method.name
         if chosen != self.method.name:
@@ -60,7 +61,7 @@ class Job:
     def _settle(self, contender: str) -> Array:
         """The weights of a simpler contender on all examples."""
         run = Run(self._contenders()[contender](self.brief), ExampleMean())
-        run_together([run], self.population.losses)
+        run_together([run], self.population.losses, self.population.gradients)
         return run.result
 
     def _report(self, main: Run) -> None:

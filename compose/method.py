@@ -9,13 +9,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from compose.objective import Array, ExampleMean, Objective
-from hubkit.adapter import Adapter
 from hubkit.errors import UsageError
 
 DEFAULT = "screen-refine"
 
-Search = Generator[Array, Array, Array]
-"""A search yields candidates [P, N], is sent the objective of each [P], and returns the weights [N] it chose.
+
+@dataclass(frozen=True)
+class Slopes:
+    """Candidates [P, N] for which a search asks the gradient as well."""
+
+    candidates: Array
+
+
+Search = Generator[Array | Slopes, Any, Array]
+"""A search yields candidates [P, N], is sent the objective of each [P], and returns the weights [N] it chose. Where it
+yields them as `Slopes`, it is sent (objective [P], gradient [P, N]).
 
 Being a generator, it neither knows the model nor calls it: several searches advance side by side, and their
 candidates go through the model together.
@@ -49,7 +57,7 @@ class Method:
     `modes`: the rules of composition that make sense for it, its own first. `optimizer`: its default, None if
     it does not search. `screens`: it scores the base and every adapter alone before it spends the budget.
     `accepts`: its result must prove itself on held-out examples (`compose.acceptance`). `objective` makes
-    what is minimised, from the batch size. `pool` replaces the adapters that it works on, for controls.
+    what is minimised, from the batch size.
     `effect` makes, from the number of adapters, what turns the weights of the search into those of the
     mixture that is really scored.
     """
@@ -62,7 +70,6 @@ class Method:
     screens: bool = False
     accepts: bool = False
     objective: Callable[[int | None], Objective] = field(default=lambda _batch_size: ExampleMean())
-    pool: Callable[[dict[str, Adapter], int], dict[str, Adapter]] | None = None
     effect: Callable[[int], Effect] = field(default=lambda _count: unchanged)
 
     def mode(self, wanted: str | None) -> str:

@@ -44,6 +44,14 @@ class Objective(Protocol):
     def __call__(self, losses: Losses, weights: Array) -> Array: ...
 
 
+class Smooth(Objective, Protocol):
+    """An objective that is linear in the token losses, which searches by gradient need."""
+
+    def shares(self, rows: NDArray[np.int64]) -> Array:
+        """Its derivative by the loss of each token, [T], for tokens of the examples `rows` [T]."""
+        ...
+
+
 @dataclass(frozen=True)
 class ExampleMean:
     """The mean over the examples (`keep`: over these alone) of each example's mean token loss, plus l1 *
@@ -57,6 +65,14 @@ class ExampleMean:
         examples = losses.examples
         kept = examples if self.keep is None else examples[:, list(self.keep)]
         return _means(kept) + self.l1 * np.abs(weights).mean(1)
+
+    def shares(self, rows: NDArray[np.int64]) -> Array:
+        assert not self.l1, "|w| has no derivative at 0"
+        sizes = np.bincount(rows)
+        kept = np.arange(len(sizes)) if self.keep is None else np.asarray(self.keep)
+        share = np.zeros(len(sizes))
+        share[kept] = 1.0 / (len(kept) * sizes[kept])
+        return share[rows]
 
 
 @dataclass(frozen=True)

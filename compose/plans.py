@@ -21,23 +21,27 @@ from torch import Tensor
 
 from compose.layout import Layout
 from compose.objective import Array
-from compose.stack import DeltaStack, FactorStack
+from compose.stack import DeltaStack
 from hubkit.adapter import Adapter, LowRank
 from hubkit.lora.runtime import LoraRuntime
 
-# floating-point operations that a machine does in the time it moves one byte
+# floating-point operations that a machine does in the time it moves one byte, and in that of one call of torch
 BALANCE = {"cpu": 8.0, "cuda": 100.0}
+LAUNCH = {"cpu": 2e6, "cuda": 1e9}
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Floating-point operations and bytes moved, beyond what every plan has to do."""
+    """Floating-point operations, bytes moved and calls of torch, beyond what every plan has to do."""
 
     flops: float
     bytes: float
+    calls: float = 0.0
 
     def total(self, device: str) -> float:
-        return self.flops + BALANCE.get(device, BALANCE["cpu"]) * self.bytes
+        """In floating-point operations."""
+        kind = device if device in BALANCE else "cpu"
+        return self.flops + BALANCE[kind] * self.bytes + LAUNCH[kind] * self.calls
 
 
 @dataclass(frozen=True)
@@ -65,17 +69,35 @@ class Setting:
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
     @cached_property
-    def factors(self) -> FactorStack:
-        """All adapters side by side; they have equal shapes in factor mode."""
-        return FactorStack(self.adapters, self.weight(self.paths[0]))
-
-    @cached_property
     def deltas(self) -> dict[str, DeltaStack]:
         """All branches on each module side by side."""
         return {path: DeltaStack(self.branches(path), self.weight(path)) for path in self.paths}
 
+    @cached_property
+    def calls(self) -> int:
+        """About how many calls a forward makes: one a module."""
+        return sum(1 for _ in self.model.modules())
+
     def weight(self, path: str) -> Tensor:
         return self.model.get_submodule(path).weight
+
+    def hold(self) -> None:
+        """Have all adapters resident."""
+        for name, adapter in self.adapters.items():
+            if name not in self.runtime.keys:
+                self.runtime.add(name, adapter)
+
+    def compose(self, weights: Array) -> list[str]:
+        """Keys in the runtime of the candidates `weights` [P, N] composed by LoraHub's rule: ordinary adapters, until
+        the next call."""
+        self.hold()
+        slots = [f"candidate {index}" for index in range(len(weights))]  # no adapter's name holds a space
+        for slot in slots:
+            if slot not in self.runtime.keys:
+                self.runtime.add(slot, _blank(next(iter(self.adapters.values()))))
+        exact = torch.float64 if self.weight(self.paths[0]).dtype == torch.float64 else torch.float32
+        self.runtime.compose(slots, list(self.adapters), torch.from_numpy(weights).to(exact))
+        return slots
 
 
 class Plan(ABC):
@@ -149,22 +171,18 @@ class ArenaPlan(Resident):
 
     def cost(self, weights: Array) -> Cost:
         flops, moved = np.count_nonzero(weights, axis=0) @ self._each
-        return Cost(float(flops), float(moved) + len(weights) * self._activations + self.setting.model_bytes)
+        calls = self.setting.calls + 2 * len(self.setting.paths)
+        return Cost(float(flops), float(moved) + len(weights) * self._activations + self.setting.model_bytes, calls)
 
     def groups(self, weights: Array) -> list[dict[str, float]]:
-        runtime = self.setting.runtime
-        for name, adapter in self.setting.adapters.items():
-            if name not in runtime.keys:
-                runtime.add(name, adapter)
+        self.setting.hold()
         names = list(self.setting.adapters)
         return [{n: float(w) for n, w in zip(names, row, strict=True) if w} for row in weights]
 
 
 class FactorsPlan(Resident):
-    """LoraHub's mixtures: each candidate's factors composed by one product over all layers, then an ordinary
-    adapter.
-
-    [P, N] weights times [N, parameters] stacked factors gives every A and B of all P candidates at once.
+    """LoraHub's mixtures: the factors of all candidates composed by one product a linear, [P, N] weights times its
+    [N, r width] factors, from arena to arena; then ordinary adapters.
     """
 
     name = "factors"
@@ -179,32 +197,25 @@ class FactorsPlan(Resident):
         """Operations and bytes of composing one candidate and sending its tokens through."""
         flops, moved = np.sum([self._passing(path, b.rank) for path, b in self._lead.branches.items()], axis=0)
         composing = 2.0 * len(self.setting.adapters) * self._size
-        return float(flops) + composing, float(moved) + 8.0 * self._size + self._activations
+        return float(flops) + composing, float(moved) + self._bytes + self._activations
 
     @cached_property
     def _size(self) -> int:
         return sum(branch.A.numel() + branch.B.numel() for branch in self._lead.branches.values())
 
+    @property
+    def _bytes(self) -> int:
+        """Of one adapter in its arenas."""
+        return self._size * self.setting.weight(self.setting.paths[0]).element_size()
+
     def cost(self, weights: Array) -> Cost:
         flops, moved = self._each
-        once = 4.0 * len(self.setting.adapters) * self._size + self.setting.model_bytes
-        return Cost(len(weights) * flops, len(weights) * moved + once)
+        once = float(len(self.setting.adapters) * self._bytes + self.setting.model_bytes)
+        calls = self.setting.calls + 4 * len(self.setting.paths)
+        return Cost(len(weights) * flops, len(weights) * moved + once, calls)
 
     def groups(self, weights: Array) -> list[dict[str, float]]:
-        stack = self.setting.factors
-        slots = [self._slot(index) for index in range(len(weights))]
-        for slot, flat in zip(slots, stack.compose(torch.from_numpy(weights)), strict=True):
-            views = self.setting.runtime.factors(slot)
-            for path, A, Bt in stack.pieces(flat):
-                views[path][0].copy_(A)
-                views[path][1].copy_(Bt)
-        return [{slot: 1.0} for slot in slots]
-
-    def _slot(self, index: int) -> str:
-        key = f"candidate {index}"  # no adapter's name holds a space
-        if key not in self.setting.runtime.keys:
-            self.setting.runtime.add(key, _blank(self._lead))
-        return key
+        return [{slot: 1.0} for slot in self.setting.compose(weights)]
 
 
 class MergePlan(Plan):
@@ -243,18 +254,19 @@ class MergePlan(Plan):
     def cost(self, weights: Array) -> Cost:
         delta = float(np.count_nonzero(weights, axis=0) @ self._each)
         flops = delta if self.mode == "delta" else len(weights) * float(self._each.max())
-        return Cost(flops, len(weights) * (self.setting.model_bytes + 2.0 * self._written))
+        calls = len(weights) * (self.setting.calls + 4 * len(self.setting.paths))
+        return Cost(flops, len(weights) * (self.setting.model_bytes + 2.0 * self._written), calls)
 
     def losses(self, weights: Array, layouts: Sequence[Layout]) -> Iterator[Tensor]:
         scored: list[list[Tensor]] = [[] for _ in layouts]
-        for candidate in torch.from_numpy(weights):
+        for candidate in weights:
             with self._merged(candidate):
                 for held, layout in zip(scored, layouts, strict=True):
                     held.append(layout.losses(1))
         return map(torch.cat, scored)
 
     @contextmanager
-    def _merged(self, candidate: Tensor) -> Iterator[None]:
+    def _merged(self, candidate: Array) -> Iterator[None]:
         """Within the block the model's parameters show W + ΔW, which lies elsewhere: W itself is never touched."""
         own = {path: self.setting.weight(path).data for path in self.setting.paths}
         try:
@@ -267,15 +279,16 @@ class MergePlan(Plan):
             for path, original in own.items():
                 self.setting.weight(path).data = original
 
-    def _updates(self, candidate: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+    def _updates(self, candidate: Array) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(module path, B' [out, R], A' [R, in]) with ΔW = B'A' for the candidate [N]."""
         if self.mode == "delta":
             for path, held in self.setting.deltas.items():
-                yield path, *held.factors(candidate)
+                yield path, *held.factors(torch.from_numpy(candidate))
             return
-        stack = self.setting.factors
-        for path, A, Bt in stack.pieces(stack.compose(candidate[None])[0]):
-            yield path, (Bt * stack.lead.branches[path].scale).T, A
+        (slot,) = self.setting.compose(candidate[None])
+        lead = next(iter(self.setting.adapters.values()))
+        for path, (A, Bt) in self.setting.runtime.factors(slot).items():
+            yield path, (Bt * lead.branches[path].scale).T, A
 
 
 PLANS: dict[str, type[Plan]] = {plan.name: plan for plan in (ArenaPlan, FactorsPlan, MergePlan)}

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 
 from compose.layout import Layout, lay_out
-from compose.objective import Array, Losses
+from compose.objective import Array, Losses, Smooth
 from compose.plans import PLANS, Plan, Resident, Setting, cheapest, count_tokens
 from hubkit.adapter import Adapter
 from hubkit.base import Base
 from hubkit.errors import UsageError
+from hubkit.likelihood import frozen_parameters
 from hubkit.lora.runtime import LoraRuntime
 from hubkit.prompt import Encoded
 
@@ -74,6 +75,36 @@ class Population:
             with torch.no_grad():
                 self._keep(chunk, list(plan.losses(chunk, self._layouts)))
         return Losses(np.stack([self._known[key] for key in rows]), self._rows[self._order])
+
+    def gradients(self, weights: Array, objectives: Sequence[Smooth]) -> Array:
+        """The gradient [P, N] of each candidate of `weights` [P, N], of the objective [P] that belongs to it.
+
+        One forward and one backward pass through all of them, exact mixtures only; their losses are kept.
+        """
+        examples = self._rows[self._order]
+        shares = np.stack([objective.shares(examples) for objective in objectives])
+        shares[:, self._order] = shares.copy()  # back into the order of the layouts
+        room = max(1, self._room // self.base.model.config.get_text_config().num_hidden_layers)  # layers keep inputs
+        chunks = [slice(start, start + room) for start in range(0, len(weights), room)]
+        with frozen_parameters(self.base.model):
+            return np.vstack([self._differentiated(weights[chunk] + 0.0, shares[chunk]) for chunk in chunks])
+
+    def _differentiated(self, weights: Array, shares: Array) -> Array:
+        """The gradients [P, N] of `shares` [P, T] of the token losses, in one batch."""
+        setting = self._resident.setting
+        setting.hold()
+        learned = torch.from_numpy(weights).float().requires_grad_()
+        gradient = torch.zeros_like(learned)
+        losses = []
+        parts = torch.from_numpy(shares).split([len(layout.examples) for layout in self._layouts], dim=1)
+        for layout, share in zip(self._layouts, parts, strict=True):
+            groups = [dict(zip(self.names, row.unbind(), strict=True)) for row in learned]
+            with setting.runtime.use(groups, torch.arange(len(groups)).repeat_interleave(layout.rows)):
+                tokens = layout.losses(len(groups))
+                gradient += torch.autograd.grad((tokens * share.to(tokens)).sum(), learned)[0]
+            losses.append(tokens.detach())
+        self._keep(weights, losses)
+        return gradient.double().numpy()
 
     def group(self, weights: Array) -> dict[str, float]:
         """What `runtime.use` takes to run one candidate [N] outside of scoring; valid until the next call."""

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from compose.method import Effect, Search, unchanged
+from compose.method import Effect, Search, Slopes, unchanged
 from compose.objective import Array, Losses, Objective
+
+Score = Callable[[Array], Losses]
+"""The losses of candidates [P, N]."""
+
+Differentiate = Callable[[Array, Sequence[Any]], Array]
+"""The gradients [P, N] of candidates [P, N], of a smooth objective for each."""
+
+Ask = Array | Slopes
 
 
 @dataclass
@@ -30,43 +39,64 @@ class Run:
         assert self.found is not None, "the search has not finished"
         return self.found
 
-    def advance(self, answer: tuple[Array, Losses] | None) -> Array | None:
-        """Send the losses of the candidates it asked for (None to begin); its next candidates, or None at its
-        end.
+    def advance(self, answer: tuple[Array, Losses, Array | None] | None) -> Ask | None:
+        """Send the losses of the candidates it asked for, with their gradients if it asked for those (None to begin);
+        its next candidates, or None at its end.
         """
         try:
             if answer is None:
                 return next(self.search)
-            weights, losses = answer
+            weights, losses, gradients = answer
             values = self.objective(losses, weights)
             self.trajectory += [(row, float(value)) for row, value in zip(weights, values, strict=True)]
-            return self.search.send(values)
+            return self.search.send(values if gradients is None else (values, gradients))
         except StopIteration as end:
             self.found = end.value
             return None
 
 
 def run_together(
-    runs: Sequence[Run], score: Callable[[Array], Losses], after_round: Callable[[], None] = lambda: None
+    runs: Sequence[Run],
+    score: Score,
+    differentiate: Differentiate | None = None,
+    after_round: Callable[[], None] = lambda: None,
 ) -> None:
-    """Carry all runs to their end. Whatever goes wrong, every search is closed and so lets go of its
-    threads.
+    """Carry all runs to their end; `differentiate` is needed if one of them asks for gradients. Whatever goes wrong,
+    every search is closed and so lets go of its threads.
     """
     try:
         asked = _still_asking((run, run.advance(None)) for run in runs)
         while asked:
-            losses = score(np.vstack([run.effect(weights) for run, weights in asked]))
-            starts = np.cumsum([0] + [len(weights) for _, weights in asked])
+            gradients = _gradients(asked, differentiate)  # first: what it scores on the way need not be scored again
+            weights = [_candidates(ask) for _, ask in asked]
+            losses = score(np.vstack([run.effect(own) for (run, _), own in zip(asked, weights, strict=True)]))
+            starts = np.cumsum([0] + [len(own) for own in weights])
             answers = [
-                (run, weights, Losses(losses.tokens[start : start + len(weights)], losses.rows))
-                for (run, weights), start in zip(asked, starts, strict=False)
+                (own, Losses(losses.tokens[start : start + len(own)], losses.rows), gradient)
+                for own, start, gradient in zip(weights, starts[:-1], gradients, strict=True)
             ]
-            asked = _still_asking((run, run.advance((weights, own))) for run, weights, own in answers)
+            asked = _still_asking((run, run.advance(answer)) for (run, _), answer in zip(asked, answers, strict=True))
             after_round()
     finally:
         for run in runs:
             run.search.close()
 
 
-def _still_asking(advanced: Iterable[tuple[Run, Array | None]]) -> list[tuple[Run, Array]]:
-    return [(run, weights) for run, weights in advanced if weights is not None]
+def _gradients(asked: Sequence[tuple[Run, Ask]], differentiate: Differentiate | None) -> list[Array | None]:
+    """[P, N] for each that asked for slopes, from one call."""
+    wanting = [(run, ask.candidates) for run, ask in asked if isinstance(ask, Slopes)]
+    if not wanting:
+        return [None] * len(asked)
+    assert differentiate is not None
+    objectives = [run.objective for run, candidates in wanting for _ in candidates]
+    found = differentiate(np.vstack([candidates for _, candidates in wanting]), objectives)
+    parts = iter(np.split(found, np.cumsum([len(candidates) for _, candidates in wanting])[:-1]))
+    return [next(parts) if isinstance(ask, Slopes) else None for _, ask in asked]
+
+
+def _candidates(ask: Ask) -> Array:
+    return ask.candidates if isinstance(ask, Slopes) else ask
+
+
+def _still_asking(advanced: Iterable[tuple[Run, Ask | None]]) -> list[tuple[Run, Ask]]:
+    return [(run, ask) for run, ask in advanced if ask is not None]

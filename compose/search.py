@@ -1,4 +1,4 @@
-"""Find the mixture of adapters that solves a task, from a handful of examples and without gradients."""
+"""Find the mixture of adapters that solves a task, from a handful of examples."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from compose import control
 from compose.candidates import Candidate, Sieve, from_hub
 from compose.job import Job, Progress
 from compose.method import DEFAULT, Brief, Method, get_method
@@ -14,6 +15,7 @@ from compose.population import Population
 from compose.result import Result
 from hubkit.base import Base
 from hubkit.errors import UsageError
+from hubkit.lean import lean
 from hubkit.lora.runtime import LoraRuntime
 from hubkit.mixture import Mixture, Part
 from hubkit.prompt import Template
@@ -36,8 +38,8 @@ def search(
 ) -> Result:
     """Compose adapters of `hub`: those named in `candidates`, else all that fit the base.
 
-    `options` are those of `compose`. `random_pool` adds the baseline of that name: the default method on
-    random adapters of the same norms.
+    `options` are those of `compose`. `random_pool` adds the baseline of that name: the same method on random
+    adapters of the same norms.
 
     Raises:
         NotFoundError: a candidate is unknown.
@@ -47,10 +49,9 @@ def search(
     options["named"] = candidates is not None
     result = compose(base, found, task, **options)
     if random_pool:
-        same = {**options, "method": "random-pool", "mode": result.mode, "optimizer": None, "progress": None}
-        control = compose(base, found, task, **same)
-        result.baselines["random_pool"] = {"loss": control.loss, "accuracy": control.accuracy}
-        result.seconds += control.seconds
+        made_up = compose(base, found, task, **{**options, "pool": control.random_pool, "progress": None})
+        result.baselines["random_pool"] = {"loss": made_up.loss, "accuracy": made_up.accuracy}
+        result.seconds += made_up.seconds
     return result
 
 
@@ -69,6 +70,7 @@ def compose(
     accept: bool = True,
     compare: bool = True,
     plan: str | None = None,
+    pool: control.Pool | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Compose `candidates` over `base` for the examples of `task`. The base is left as it was.
@@ -85,6 +87,7 @@ def compose(
             Without, the
             result has none of them, and its accuracy is NaN.
         plan: force one plan of `compose.plans`; the result does not depend on it.
+        pool: makes other adapters of the candidates' and the seed, for controls; the result has no mixture then.
 
     Raises:
         UsageError: as `search`.
@@ -99,8 +102,8 @@ def compose(
         kept = sieve.keep(base, runtime, candidates, mode)
         template = kept[0].adapter.template
         adapters = {candidate.name: candidate.adapter for candidate in kept}
-        if chosen.pool is not None:
-            adapters = chosen.pool(adapters, seed)
+        if pool is not None:
+            adapters = pool(adapters, seed)
         encoded = [template.encode(base.tokenizer, example) for example in task]
         population = Population(base, runtime, adapters, encoded, mode=mode, plan=plan)
         job = Job(
@@ -114,12 +117,12 @@ def compose(
             compare=compare,
             progress=progress,
         )
-        with seeded(seed):
+        with seeded(seed), lean(base.model):
             result = job.run()
     finally:
         runtime.detach()
     result.warnings = sieve.warnings + result.warnings
-    result.mixture = None if chosen.pool is not None else _mixture(kept, result.mixed, mode)
+    result.mixture = None if pool is not None else _mixture(kept, result.mixed, mode)
     result.adapters = adapters
     result.meta = _meta(base, template, result)
     result.seconds = time.perf_counter() - started

@@ -1,42 +1,13 @@
-"""The factors of all adapters laid side by side once, so that composing a candidate is one product."""
+"""The branches of all adapters on a module side by side, so that merging a candidate is one product."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from hubkit.adapter import Adapter, LowRank
-
-
-class FactorStack:
-    """Adapters of equal shapes end to end, [N, parameters]: A [r, in] and Bᵀ [r, out] of every module in turn.
-
-    [P, N] weights times this is every factor of P LoraHub mixtures at once.
-    """
-
-    def __init__(self, adapters: Mapping[str, Adapter], like: Tensor) -> None:
-        """On the device of `like`, in fp32, or fp64 where `like` is."""
-        self.lead = next(iter(adapters.values()))
-        rows = []
-        for adapter in adapters.values():
-            ordered = [adapter.branches[path] for path in self.lead.branches]
-            rows.append(torch.cat([part.flatten().to(_full(like)) for b in ordered for part in (b.A, b.B.T)]))
-        self.rows = torch.stack(rows).to(like.device)
-
-    def compose(self, weights: Tensor) -> Tensor:
-        """The factors [P, parameters] of the candidates `weights` [P, N]."""
-        return weights.to(self.rows) @ self.rows
-
-    def pieces(self, flat: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """(module path, A [r, in], Bᵀ [r, out]) of one composed candidate [parameters], as views."""
-        start = 0
-        for path, branch in self.lead.branches.items():
-            shapes = branch.A.shape, branch.B.T.shape
-            A, Bt = (part.view(shape) for part, shape in zip(_cut(flat, start, shapes), shapes, strict=True))
-            start += A.numel() + Bt.numel()
-            yield path, A, Bt
+from hubkit.adapter import LowRank
 
 
 class DeltaStack:
@@ -55,12 +26,3 @@ class DeltaStack:
         if len(used) == len(coefficients):
             return self.B * coefficients, self.A
         return self.B[:, used] * coefficients[used], self.A[used]
-
-
-def _full(like: Tensor) -> torch.dtype:
-    return torch.float64 if like.dtype == torch.float64 else torch.float32
-
-
-def _cut(flat: Tensor, start: int, shapes: tuple[torch.Size, torch.Size]) -> Sequence[Tensor]:
-    sizes = [shape.numel() for shape in shapes]
-    return flat[start : start + sum(sizes)].split(sizes)

@@ -12,6 +12,7 @@ import torch
 from hubkit.base import Base
 from hubkit.errors import UsageError
 from hubkit.generate import BATCH_SIZE, Progress, generate, routed
+from hubkit.lean import lean
 from hubkit.likelihood import collate, row_means, token_losses
 from hubkit.metrics import bootstrap_interval, find_metric, majority_rate
 from hubkit.prefix import Prefix
@@ -80,7 +81,7 @@ def evaluate(
     name = metric or ("choice" if all(e.choices for e in examples) else "exact_match")
     score = find_metric(name)
     job = _Job(base, examples, template, shots, batch_size, progress)
-    with routed(runtime, group), torch.inference_mode():
+    with lean(base.model), routed(runtime, group), torch.no_grad():
         predictions, losses = _choose(job) if name == "choice" else _generate(job)
     values = [score(text, example.output) for text, example in zip(predictions, examples, strict=True)]
     return Score(
@@ -139,7 +140,7 @@ def _choose(job: _Job) -> tuple[list[str], list[float]]:
     return predictions, losses
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def example_losses(base: Base, encoded: Sequence[Encoded], *, batch_size: int = BATCH_SIZE) -> list[float]:
     """Mean cross-entropy per target token of each example, in the order given."""
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].prompt) + len(encoded[i].target))

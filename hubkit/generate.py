@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from hubkit.base import Base
+from hubkit.lean import lean
+from hubkit.lean.attention import one_token_attention
 from hubkit.likelihood import head_at
 from hubkit.prefix import Prefix
 
@@ -41,7 +43,8 @@ def generate(
     """
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     texts = [""] * len(prompts)
-    with routed(runtime, group), torch.inference_mode():
+    # not inference_mode, in which linears that read the same tensor are computed each by itself
+    with lean(base.model), one_token_attention(base.model), routed(runtime, group), torch.no_grad():
         prefix = Prefix(base, prompts)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]

@@ -97,6 +97,18 @@ def row_means(losses: Tensor, batch: Batch) -> Tensor:
 
 
 @contextmanager
+def frozen_parameters(model: Any) -> Iterator[None]:
+    """Within the block no parameter of the model wants a gradient; then those do that did before."""
+    wanting = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanting:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
 def head_at(model: Any, rows: Tensor, columns: Tensor) -> Iterator[None]:
     """Within the block the head sees only the states at (rows, columns): its logits are [1, T, vocabulary].
 

@@ -9,6 +9,7 @@ pulled back to it.
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from itertools import product
 
 import numpy as np
@@ -33,12 +34,7 @@ PULL = 0.05  # nats for each unit of squared distance from the start
 )
 def screen_refine(brief: Brief) -> Search:
     assert brief.optimizer is not None
-    alone = screening(brief.count)
-    screened = yield alone
-    grid = mixtures(screened)[: brief.budget]
-    scores = yield grid
-    start, best = lowest(np.vstack([alone, grid]), np.append(screened, scores))
-    left = brief.budget - len(grid)
+    start, best, left = yield from strongest(brief)
     if not left:
         return start
     workers = 4 + int(3 * np.log(brief.count))  # CMA's own population
@@ -52,6 +48,15 @@ def screen_refine(brief: Brief) -> Search:
             if value < best:
                 found, best = candidate, value
     return found
+
+
+def strongest(brief: Brief) -> Generator[Array, Array, tuple[Array, float, int]]:
+    """The best of the base, every adapter alone and the grid of `mixtures`, its objective, and the budget left."""
+    alone = screening(brief.count)
+    screened = yield alone
+    grid = mixtures(screened)[: brief.budget]
+    scores = yield grid
+    return *lowest(np.vstack([alone, grid]), np.append(screened, scores)), brief.budget - len(grid)
 
 
 def mixtures(screened: Array) -> Array:

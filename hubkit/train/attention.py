@@ -8,8 +8,7 @@ SDPA.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -19,11 +18,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from hubkit.lean.attention import OTHERWISE, attending_by
 from hubkit.train.packing import Packing, current
 
 NAME = "hubkit_causal"
-# options that plain causal attention has not
-OTHERWISE = ("position_bias", "softcap", "sliding_window", "s_aux", "cache")
 LONGEST = 192  # tokens; from here on flash attention is as fast, and saves the [T, T] probabilities
 
 
@@ -32,7 +30,7 @@ class CausalAttention(torch.autograd.Function):
 
     q [B, H, T, D]; k, v [B, H / g, T, D]: the g query heads of a group are stacked as rows over their one key
     head, so keys are never repeated. The softmax is computed in fp32 inside and rounded once. Returns [B, H,
-    T, D]. With a packing, all of these are [1, heads, tokens, D] and each example attends to itself only.
+    T, D]. With a packing, all of these are [1, heads, rows, D] and each example attends to itself only.
     """
 
     @staticmethod
@@ -55,7 +53,7 @@ class CausalAttention(torch.autograd.Function):
         Q, K, V, P = ctx.saved_tensors
         packing = ctx.packing
         if packing is not None:
-            dout = packing.spread(dout, zero=True)
+            dout = packing.spread_gradient(dout)
         dO = dout.reshape(P.shape[0], -1, dout.shape[-1])
         dV = torch.bmm(P.mT, dO)
         dP = torch.bmm(dO, V.mT)
@@ -64,7 +62,7 @@ class CausalAttention(torch.autograd.Function):
         dK = torch.bmm(dS.mT, Q).mul_(ctx.scale)
         gradients = [t.view(shape) for t, shape in zip((dQ, dK, dV), ctx.shapes, strict=True)]
         if packing is not None:
-            gradients = [packing.gather(t) for t in gradients]
+            gradients = [packing.gather_gradient(t) for t in gradients]
         return *gradients, None, None
 
 
@@ -107,15 +105,6 @@ AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, mask)
 
 
-@contextmanager
-def short_attention(model: Any) -> Iterator[None]:
+def short_attention(model: Any) -> AbstractContextManager[None]:
     """Within the block a model that attends by SDPA attends by `attend`."""
-    before = model.config._attn_implementation
-    if before != "sdpa":
-        yield
-        return
-    model.set_attn_implementation(NAME)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
+    return attending_by(model, NAME)

@@ -8,12 +8,12 @@ for bit on one machine and thread count.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hubkit import strict_json
 from hubkit.errors import NotFoundError, UsageError
 from hubkit.prompt import Template
 
@@ -69,6 +69,10 @@ class Recipe:
         for name in ("dropout", "validation"):
             if getattr(self, name) >= 1:
                 raise UsageError(f"A recipe's {name} of {getattr(self, name)} leaves nothing.", "Give a share < 1.")
+        if self.warmup > 1:
+            raise UsageError(
+                f"A recipe's warmup of {self.warmup} is more than the whole run.", "Give a share of the steps."
+            )
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("dtype", self.dtype, DTYPES)
         if self.accumulation > self.batch:
@@ -112,7 +116,7 @@ class Recipe:
         known = {f.name for f in dataclasses.fields(cls)}
         for key in data:
             if key not in known:
-                raise UsageError(f"A recipe has no {key!r}.", f"Use some of {', '.join(sorted(known))}.")
+                raise UsageError(f"A recipe has no {_shown(key)}.", f"Use some of {', '.join(sorted(known))}.")
         values = dict(data)
         for name in ("targets", "data"):
             if name in values:
@@ -132,7 +136,7 @@ class Recipe:
             UsageError: it is no JSON object, or not a valid recipe.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = strict_json.parse(Path(path).read_bytes())
         except FileNotFoundError:
             raise NotFoundError(f"The recipe {path} does not exist.", "Check the path.") from None
         except ValueError as error:
@@ -142,6 +146,10 @@ class Recipe:
         return cls.from_json(data)
 
 
+def _shown(value: Any) -> str:
+    return repr(value)[:120]
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -149,16 +157,16 @@ def _is_number(value: Any) -> bool:
 def _check(name: str, value: Any, typed: bool, *, at_least: float | None = None, above: float | None = None) -> None:
     if not typed or (at_least is not None and value < at_least) or (above is not None and value <= above):
         bound = f"at least {at_least:g}" if at_least is not None else f"above {above:g}"
-        raise UsageError(f"A recipe's {name} can't be {value!r}.", f"Give a number that is {bound}.")
+        raise UsageError(f"A recipe's {name} can't be {_shown(value)}.", f"Give a number that is {bound}.")
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise UsageError(f"A recipe's {name} can't be {value!r}.", f"Use {', '.join(known)}.")
+        raise UsageError(f"A recipe's {name} can't be {_shown(value)}.", f"Use {', '.join(known)}.")
 
 
 def _names(name: str, value: Any) -> tuple[str, ...]:
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) and n for n in names):
-        raise UsageError(f"A recipe's {name} can't be {value!r}.", "Give a list of names.")
+        raise UsageError(f"A recipe's {name} can't be {_shown(value)}.", "Give a list of names.")
     return tuple(names)

@@ -14,16 +14,15 @@ from torch import Tensor
 
 from hubkit.adapter import Adapter
 from hubkit.errors import HubkitError, UsageError
-from hubkit.likelihood import Batch, collate, token_losses
+from hubkit.lean import lean
+from hubkit.likelihood import Batch, collate, frozen_parameters, token_losses
 from hubkit.prompt import Encoded, Template
 from hubkit.task import Example
 from hubkit.train import checkpoint, methods
 from hubkit.train.attention import LONGEST, NAME, short_attention
 from hubkit.train.data import Plan, by_length, encode_all, length, pieces, split
-from hubkit.train.norm import lean_norms
 from hubkit.train.packing import pack, packed
 from hubkit.train.recipe import ALL_LINEAR, Recipe
-from hubkit.train.rotary import lean_rotary
 
 CHECKPOINT_EVERY = 25  # steps; a checkpoint of a small adapter takes milliseconds
 
@@ -117,7 +116,7 @@ class Run:
         self.digest = checkpoint.run_digest(recipe, recipe.seed, base, encoded)
         self.examples, self.held_out = split(encoded, recipe.validation, recipe.seed)
         self.plan = Plan([length(e) for e in self.examples], recipe.batch, recipe.seed)
-        self.generator = torch.Generator(base.device).manual_seed(recipe.seed)
+        self.generator = torch.Generator().manual_seed(recipe.seed)
         self.method = methods.find(recipe.method)(base.model, recipe, self.generator)
         self.optimizer = torch.optim.AdamW(
             [self.method.states], lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
@@ -209,11 +208,13 @@ class Run:
         history.stopped = len(since) >= self.recipe.patience
 
     def losses(self, encoded: Sequence[Encoded]) -> Tensor:
-        """The loss of every target token of the examples, [T]; without padding where the model can."""
+        """The loss of every target token of the examples, [T]; without padding, and what they begin with in common
+        once, where the model can."""
         if self.history.packs is None:
             self.history.packs = self.try_packing(encoded)
         if self.history.packs and max(map(length, encoded)) <= LONGEST:
-            batch, packing = pack(encoded)
+            # dropout draws for rows, and two examples on one row would be dropped alike
+            batch, packing = pack(encoded, share=not self.recipe.dropout)
             with packed(packing):
                 return token_losses(self.base.model, batch)
         return token_losses(self.base.model, self.collate(encoded))
@@ -330,16 +331,12 @@ def _template(base: Any, recipe: Recipe) -> Template:
 
 @contextmanager
 def frozen(model: Any) -> Iterator[None]:
-    """Within the block no parameter of the model wants a gradient, its own dropout is off, and norms and
+    """Within the block no parameter of the model wants a gradient, its own dropout is off, and norms, gates and
     attention run as they are fastest to train through; then all is as before."""
-    wanting = [p for p in model.parameters() if p.requires_grad]
     training = model.training
-    model.requires_grad_(False)
     model.eval()
     try:
-        with lean_norms(model), lean_rotary(model), short_attention(model):
+        with frozen_parameters(model), lean(model), short_attention(model):
             yield
     finally:
-        for parameter in wanting:
-            parameter.requires_grad_(True)
         model.train(training)

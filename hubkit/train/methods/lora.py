@@ -10,43 +10,50 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hubkit import ops
 from hubkit.adapter import LowRank
-from hubkit.train.linear import LowRankLinears
+from hubkit.ops import Dropout
 from hubkit.train.methods import Trainable, register
 from hubkit.train.recipe import Recipe
 from hubkit.train.sites import Linears, siblings, targeted
 
 
 class _Group:
-    """Linears that read one input. `A` [n·r, K] and each of `Bts` [r, N] are leaves in the model's dtype.
+    """Linears that read one input, with their A [r, K] and Bt [r, N], leaves in the model's dtype.
 
     The first one that is called computes them all; the others find their output waiting.
     """
 
-    def __init__(self, linears: Linears, A: Tensor, Bts: list[Tensor], mask: Callable[[Tensor], Tensor | None]) -> None:
-        self.linears, self.A, self.Bts, self._mask = linears, A, Bts, mask
+    def __init__(
+        self,
+        linears: Linears,
+        factors: list[tuple[Tensor, Tensor]],
+        scale: float,
+        dropout: Callable[[], Dropout | None],
+    ) -> None:
+        self.linears, self.factors, self._dropout = linears, factors, dropout
+        self._route = ops.route(torch.full((1, len(factors[0][0])), scale), None, factors[0][0].device)
+        self._weights = [(linear.weight, linear.bias) for linear in linears.values()]
         self._input: Tensor | None = None
         self._waiting: dict[int, Tensor] = {}
+        self.refresh()
         for index, linear in enumerate(linears.values()):
             linear.forward = self._forward_of(index)  # type: ignore[method-assign, assignment]
+
+    def refresh(self) -> None:
+        """After the factors changed."""
+        self._plan = ops.plan([(self._route, A, Bt) for A, Bt in self.factors])
 
     def _forward_of(self, index: int) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
             if self._input is not x or index not in self._waiting:
-                self._compute(x)
+                self._input, self._waiting = x, dict(enumerate(self._plan(x, self._weights, self._dropout())))
             out = self._waiting.pop(index)
             if not self._waiting:
                 self._input = None
             return out
 
         return forward
-
-    def _compute(self, x: Tensor) -> None:
-        members: list[Any] = []
-        for linear, Bt in zip(self.linears.values(), self.Bts, strict=True):
-            members += [linear.weight, linear.bias, Bt]
-        outs = LowRankLinears.apply(x, self.A, self._mask(x), *members)
-        self._input, self._waiting = x, dict(enumerate(outs))
 
     def detach(self) -> None:
         for linear in self.linears.values():
@@ -59,8 +66,7 @@ class Lora(Trainable):
     """All A's, then all B's (transposed), in one flat vector: one cast, one optimizer kernel, one norm per
     step.
 
-    The compute copies are views of one flat vector in the model's dtype, with the scale folded into B, and
-    their gradients are views of another.
+    The compute copies are views of one flat vector in the model's dtype, and their gradients are views of another.
     """
 
     def __init__(self, model: Any, recipe: Recipe, generator: torch.Generator) -> None:
@@ -82,7 +88,7 @@ class Lora(Trainable):
         """As peft: A by the generator, module after module, B zero."""
         at = 0
         for linear in linears:
-            A = torch.empty(self._recipe.rank, linear.in_features, device=self.states.device)
+            A = torch.empty(self._recipe.rank, linear.in_features)
             nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=self._generator)
             self.states.data[at : at + A.numel()] = A.flatten()
             at += A.numel()
@@ -90,14 +96,12 @@ class Lora(Trainable):
     def _lay_out(self, groups: list[Linears]) -> list[_Group]:
         at_a, at_b, rank, made = 0, self._split, self._recipe.rank, []
         for linears in groups:
-            width = next(iter(linears.values())).in_features
-            A = self._leaf(at_a, len(linears) * rank, width)
-            at_a += A.numel()
-            Bts = []
+            factors = []
             for linear in linears.values():
-                Bts.append(self._leaf(at_b, rank, linear.out_features))
-                at_b += Bts[-1].numel()
-            made.append(_Group(linears, A, Bts, self._mask))
+                A, Bt = self._leaf(at_a, rank, linear.in_features), self._leaf(at_b, rank, linear.out_features)
+                at_a, at_b = at_a + A.numel(), at_b + Bt.numel()
+                factors.append((A, Bt))
+            made.append(_Group(linears, factors, self._recipe.scale, self._dropout))
         return made
 
     def _leaf(self, at: int, rows: int, columns: int) -> Tensor:
@@ -106,24 +110,22 @@ class Lora(Trainable):
         leaf.grad = self._grads[where].view(rows, columns)
         return leaf
 
-    def _mask(self, x: Tensor) -> Tensor | None:
-        """Dropout's mask for a group's input, in training steps."""
-        kept = 1 - self._recipe.dropout
-        if kept == 1 or not torch.is_grad_enabled():
+    def _dropout(self) -> Dropout | None:
+        """Of a group's input, in training steps: a new one at each call."""
+        if self._recipe.dropout == 0 or not torch.is_grad_enabled():
             return None
-        return torch.empty_like(x).bernoulli_(kept, generator=self._generator).div_(kept)
+        return Dropout(self._recipe.dropout, int(torch.randint(2**62, (), generator=self._generator)))
 
     @torch.no_grad()
     def refresh(self) -> None:
-        self._copies[: self._split] = self.states[: self._split]
-        self._copies[self._split :] = self.states[self._split :] * self._recipe.scale
+        self._copies.copy_(self.states)
+        for group in self._groups:
+            group.refresh()
 
     @torch.no_grad()
     def collect(self) -> None:
-        gradient = self.states.grad
-        assert gradient is not None
-        gradient[: self._split] += self._grads[: self._split]
-        gradient[self._split :].add_(self._grads[self._split :], alpha=self._recipe.scale)
+        assert self.states.grad is not None
+        self.states.grad += self._grads
         self._grads.zero_()
 
     def branches(self, dtype: torch.dtype) -> dict[str, LowRank]:

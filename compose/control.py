@@ -1,4 +1,4 @@
-"""A control: the default method on adapters that know nothing.
+"""A control for any method: adapters that know nothing.
 
 Weights that are fitted to examples gain something from any directions at all. What real adapters win beyond
 this control is what their training is worth.
@@ -6,14 +6,16 @@ this control is what their training is worth.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from compose.method import method
-from compose.methods.screen_refine import screen_refine
 from hubkit.adapter import Adapter, LowRank
+
+Pool = Callable[[dict[str, Adapter], int], dict[str, Adapter]]
+"""Makes adapters to work on, of the candidates' and a seed."""
 
 
 def random_pool(adapters: dict[str, Adapter], seed: int) -> dict[str, Adapter]:
@@ -31,13 +33,3 @@ def random_pool(adapters: dict[str, Adapter], seed: int) -> dict[str, Adapter]:
         name: replace(adapter, branches={path: scrambled(branch) for path, branch in adapter.branches.items()})
         for name, adapter in adapters.items()
     }
-
-
-method(
-    "random-pool",
-    "a control: screen-refine over random adapters of the same norms; its result can't be stored",
-    optimizer="DiagonalCMA",
-    screens=True,
-    accepts=True,
-    pool=random_pool,
-)(screen_refine)
