@@ -151,7 +151,7 @@ def base(scene: Scene) -> Check:
 
 @check
 def vllm(_: Scene) -> Check:
-    return _package("vllm", None, None, "Only `serve --engine vllm` needs it: pip install vllm", needed=False)
+    return _package("vllm", None, None, "Only to serve exported adapters with it: pip install vllm", needed=False)
 
 
 Version = tuple[int, ...]

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hubkit.cli.complete import names
 from hubkit.cli.output import DtypeOption, Format, FormatOption, Output, table
 from hubkit.errors import UsageError
 
@@ -26,7 +27,8 @@ def compose(
     base: Annotated[str | None, typer.Option(help="base model: alias, hub id, folder or GGUF file")] = None,
     dtype: DtypeOption = "auto",
     source: Annotated[
-        list[str] | None, typer.Option("--from", help="a candidate adapter; may be repeated (default: all that fit)")
+        list[str] | None,
+        typer.Option("--from", help="a candidate; may be repeated (default: all that fit)", autocompletion=names),
     ] = None,
     method: Annotated[str | None, typer.Option(help="how to search; see --list-methods")] = None,
     mode: Annotated[str | None, typer.Option(help="delta (exact sum of updates) or factor (LoraHub's rule)")] = None,
@@ -61,10 +63,11 @@ def compose(
     name = out or default_name(task)
     check_name(name)
     hub = Hub()
+    hub.store.check_writable()  # this and an unknown name fail before the model is loaded
     for candidate in source or ():
-        hub.entry(candidate)  # an unknown name fails before the model is loaded
+        hub.entry(candidate)
 
-    from compose import DEFAULT, search
+    from compose import search
     from hubkit.base import load_base
 
     output.note("loading the base model (converted once, which takes about 20 s)")
@@ -75,7 +78,7 @@ def compose(
             hub,
             examples,
             candidates=source,
-            method=method or DEFAULT,
+            method=method,
             mode=mode,
             optimizer=optimizer,
             budget=budget,

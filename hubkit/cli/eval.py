@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from hubkit.cli.complete import expressions
 from hubkit.cli.output import DtypeOption, Format, FormatOption, Output, table
 
 EPILOG = (
@@ -20,7 +21,10 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
-    name: Annotated[str, typer.Argument(help="an adapter, a mixture (stored or 0.7*a+0.3*b), or `base`")],
+    name: Annotated[
+        str,
+        typer.Argument(help="an adapter, a mixture (stored or 0.7*a+0.3*b), or `base`", autocompletion=expressions),
+    ],
     data: Annotated[Path, typer.Option("--data", help="a task file")],
     base: Annotated[str | None, typer.Option(help="base model: alias, hub id, folder or GGUF file")] = None,
     dtype: DtypeOption = "auto",

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from hubkit.cli.complete import expressions
 from hubkit.cli.output import Format, FormatOption, Output
 
 EPILOG = "Examples:  hubkit export plural ./out --for peft   |   hubkit export '0.7*a+0.3*b' ./merged --for merged"
@@ -17,7 +18,9 @@ def register(app: typer.Typer) -> None:
 
 
 def export(
-    name: Annotated[str, typer.Argument(help="an adapter or a mixture (stored or 0.7*a+0.3*b)")],
+    name: Annotated[
+        str, typer.Argument(help="an adapter or a mixture (stored or 0.7*a+0.3*b)", autocompletion=expressions)
+    ],
     folder: Annotated[Path, typer.Argument(help="the folder to write; it must not exist or be empty")],
     target: Annotated[str, typer.Option("--for", help="peft or merged")] = "peft",
     rank: Annotated[int | None, typer.Option(help="truncate a mixture to this rank (peft)")] = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ class Output:
     def result(self, data: dict[str, Any], human: Callable[[], None], quiet: str = "") -> None:
         """Print the command's result: `data` as JSON, or by `human()`, or the one line `quiet`."""
         if self.format is Format.json:
-            print(json.dumps(data, allow_nan=False, ensure_ascii=False))
+            print(_visible(json.dumps(data, allow_nan=False, ensure_ascii=False)))
         elif self.format is Format.human:
             human()
         elif quiet:
@@ -80,9 +81,47 @@ class Output:
 
             yield update
 
+    @contextmanager
+    def transfer(self) -> Iterator[Callable[[str, int, int | None], None]]:
+        """A progress bar for every file on its way, on stderr; silent when that is no terminal.
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str = "", right: str = "") -> None:
-    """Print a table that fits the terminal. Columns whose name is in `right` (space separated) align right."""
+        Yields `update(file, bytes done, bytes in all or None)`, which several threads may call.
+        """
+        if self.format is not Format.human or not sys.stderr.isatty():
+            yield lambda *_args: None
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import TransferSpeedColumn as SpeedColumn
+
+        from hubkit.policy import escape
+
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=None), DownloadColumn())
+        tasks: dict[str, Any] = {}
+        with Progress(*columns, SpeedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bars:
+
+            def update(file: str, done: int, total: int | None) -> None:
+                if file not in tasks:
+                    tasks[file] = bars.add_task(escape(file), total=total)
+                bars.update(tasks[file], completed=done, total=total)
+
+            yield update
+
+
+def _visible(text: str) -> str:
+    """The same JSON with every character written \\u.... that could drive a terminal or hide in it."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+
+
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str = "", right: str = "", fit: int | None = None
+) -> None:
+    """Print a table that fits the terminal. Columns whose name is in `right` (space separated) align right.
+
+    With `fit` it has no more rows than leave so many lines of the terminal free; the rest is counted.
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -92,10 +131,15 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str =
     grid = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for column in columns:
         grid.add_column(column, justify="right" if column in right.split() else "left", overflow="fold")
-    for row in rows:
-        grid.add_row(*(Text(escape(str(cell))) for cell in row))
     # piped output keeps whole lines: a table cut to 80 columns could not be grepped
-    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(grid)
+    piped = not sys.stdout.isatty()
+    console = Console(width=200 if piped and "COLUMNS" not in os.environ else None, highlight=False)
+    shown = len(rows) if fit is None or piped else max(console.height - fit, 1)
+    for row in rows[:shown]:
+        grid.add_row(*(cell if isinstance(cell, Text) else Text(escape(str(cell))) for cell in row))
+    console.print(grid)
+    if rows[shown:]:
+        print(f"... and {len(rows) - shown} more")
 
 
 def megabytes(size: int) -> str:

@@ -46,6 +46,8 @@ def train(
 
     check_name(name)
     examples = [load_task(path) for path in data]  # a bad file or name fails before torch is even imported
+    hub = Hub()
+    hub.store.check_writable()
     out = Output(format)
 
     from hubkit.base import load_base
@@ -74,7 +76,7 @@ def train(
         result = run(model, examples, plan, seed=plan.seed, workdir=work, progress=show(update))
     if result.left_out:
         out.warn(f"{result.left_out} examples of more than {plan.max_length} tokens were left out.")
-    entry = Hub().add_adapter(result.adapter, name)
+    entry = hub.add_adapter(result.adapter, name)
     facts = ("loss", "curve", "validation", "best_step", "steps", "tokens", "tokens_per_second", "seconds", "examples")
     report = {"adapter": entry.digest, "name": entry.name, **{fact: getattr(result, fact) for fact in facts}}
 
