@@ -15,7 +15,7 @@ import pytest
 
 from hubkit import cli
 from hubkit.cli.compose import default_name
-from tests import tiny_bases
+from tests import schemas, tiny_bases
 from tests.tiny_adapters import write_adapter
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +47,9 @@ class Shell:
     def json(self, *arguments: object) -> dict:
         code, out, err = self(*arguments, "--format", "json")
         assert code == 0, err
-        return json.loads(out)  # one object, and nothing else
+        data = json.loads(out)  # one object, and nothing else
+        assert schemas.mismatch(data, schemas.schema_of(arguments)) is None
+        return data
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from compose.methods.screen import screening, softmax_weights
 from compose.methods.screen_refine import mixtures
 from compose.objective import Array, ExampleMean, LoraHubObjective, Losses
 from compose.optimizer import BOUND, Optimizer, is_sequential, optimizer_name
-from compose.rounds import Run, run_together
+from compose.rounds import Differentiate, Run, run_together
 from hubkit.errors import HubkitError, UsageError
 
 
@@ -159,9 +159,9 @@ def test_the_register() -> None:
         "screen",
         "screen-refine",
         "delta-cma",
+        "gradient",
         "uniform",
         "best-single",
-        "random-pool",
     } <= set(registered)
     assert all(m.summary and m.modes for m in registered.values())
     assert registered["lorahub"].mode(None) == "factor"
@@ -201,17 +201,30 @@ def quadratic(target: Array, examples: int = 4) -> Callable[[Array], Losses]:
     return score
 
 
+def slopes_of(target: Array, examples: int = 4) -> Differentiate:
+    """The gradients of that task."""
+
+    def differentiate(weights: Array, objectives: Sequence[ExampleMean]) -> Array:
+        each = 2 * (weights - target)[:, None] * (1 + 0.1 * np.arange(examples))[:, None]
+        shares = np.stack([objective.shares(np.arange(examples)) for objective in objectives])
+        return (each * shares[:, :, None]).sum(1)
+
+    return differentiate
+
+
 @pytest.mark.parametrize("name", sorted(methods()))
 def test_every_method_spends_its_budget_and_no_more(name: str) -> None:
     method = get_method(name)
     brief = Brief(count=5, budget=23, seed=3, optimizer=method.optimizer)
     run = Run(method.search(brief), method.objective(None))
-    run_together([run], quadratic(np.array([1.0, 0.5, 0.0, 0.0, -0.2])))
+    target = np.array([1.0, 0.5, 0.0, 0.0, -0.2])
+    run_together([run], quadratic(target), slopes_of(target))
     screened = 1 + brief.count if method.screens else 0
     assert run.result.shape == (5,)
     assert np.abs(run.result).max() <= BOUND
-    assert len(run.trajectory) <= screened + (brief.budget if method.optimizer else 0)
-    if method.optimizer:
+    searches = method.optimizer is not None or name == "gradient"
+    assert len(run.trajectory) <= screened + (brief.budget if searches else 0)
+    if searches:
         assert len(run.trajectory) == screened + brief.budget
         start = quadratic(np.array([1.0, 0.5, 0.0, 0.0, -0.2]))(np.zeros((1, 5)))
         assert run.objective(quadratic(np.array([1.0, 0.5, 0.0, 0.0, -0.2]))(run.result[None]), run.result[None]) < (
@@ -227,6 +240,28 @@ def test_refinement_improves_on_the_grid() -> None:
     run_together([run], score)
     values = [value for _, value in run.trajectory]
     assert min(values[5 + len(mixtures(np.array(values[:5]))) :]) < min(values[:20])
+
+
+def test_gradients_find_the_best_mixture_and_folds_have_their_own() -> None:
+    """Each run's gradient is that of its own objective, also where runs that ask for none advance beside it."""
+    target = np.array([0.9, 0.1, 0.0, -0.4])
+    brief = Brief(count=4, budget=120, seed=3, optimizer="DiagonalCMA")
+    plain = Run(get_method("screen-refine").search(brief), ExampleMean())
+    whole, fold = (Run(get_method("gradient").search(brief), ExampleMean(keep)) for keep in (None, (0, 3)))
+    run_together([plain, whole, fold], quadratic(target), slopes_of(target))
+    alone = Run(get_method("gradient").search(brief), ExampleMean((0, 3)))
+    run_together([alone], quadratic(target), slopes_of(target))
+    np.testing.assert_array_equal(fold.result, alone.result)
+    np.testing.assert_allclose(whole.result, target, atol=0.1)
+    assert min(v for _, v in whole.trajectory) < min(v for _, v in plain.trajectory)
+
+
+def test_shares_are_the_derivative_of_the_objective() -> None:
+    draw = np.random.default_rng(0)
+    tokens, rows = draw.random((1, 7)), np.array([0, 0, 1, 2, 2, 2, 3])
+    for objective in (ExampleMean(), ExampleMean((0, 2))):
+        value = objective(Losses(tokens, rows), np.zeros((1, 2)))[0]
+        assert objective.shares(rows) @ tokens[0] == pytest.approx(value)
 
 
 def test_runs_advance_together_in_one_population() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import platform
@@ -150,10 +151,12 @@ def test_shared_merged_weights_and_logits(shared: Record) -> None:
         branch = merged.branches[path]
         weight = shared.base.model.get_submodule(path).weight + branch.scale * branch.B @ branch.A
         torch.testing.assert_close(weight, tensors[name], rtol=1e-5, atol=1e-5)
-    runtime = LoraRuntime(shared.base.model)
+    # in fp64, since one position of the record is so ill-conditioned that its own fp32 arithmetic is
+    # 2.5e-4 off on some processors
+    model = copy.deepcopy(shared.base.model).double()
+    runtime = LoraRuntime(model)
     runtime.add("merged", merged)
     inputs = {key: tensors[key] for key in ("input_ids", "attention_mask", "decoder_input_ids")}
     with runtime.use([{"merged": 1.0}]), torch.inference_mode():
-        logits = shared.base.model(**inputs).logits
-    runtime.detach()
-    torch.testing.assert_close(logits, tensors["logits"], rtol=1e-4, atol=1e-4)
+        logits = model(**inputs).logits
+    torch.testing.assert_close(logits, tensors["logits"].double(), rtol=0, atol=1e-4)

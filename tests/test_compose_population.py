@@ -10,7 +10,7 @@ import torch
 
 from compose import plans
 from compose.layout import Packed, Padded, lay_out
-from compose.objective import Array
+from compose.objective import Array, ExampleMean
 from compose.plans import ArenaPlan, Cost, FactorsPlan, MergePlan, Setting
 from compose.population import Population
 from compose.t5 import PackedT5
@@ -20,6 +20,7 @@ from hubkit.errors import UsageError
 from hubkit.likelihood import collate, token_losses
 from hubkit.lora.runtime import LoraRuntime
 from hubkit.prompt import Encoded
+from tests.test_ops_gpu import DEVICE
 from tests.tiny_compose import TASK, random_adapter, targets, template_of, tiny_base
 
 PLANS = [("delta", "arena"), ("delta", "merge"), ("factor", "factors"), ("factor", "merge")]
@@ -56,24 +57,28 @@ def encode(base: Base) -> list[Encoded]:
 
 def naive(base: Base, adapters: dict[str, Adapter], encoded: list[Encoded], mode: str, weights: Array) -> list[float]:
     """Losses of all target tokens of one candidate: an fp64 copy of the model, ΔW added, row by row."""
-    kind = "t5" if base.seq2seq else "llama"
-    model = tiny_base(kind, torch.float64).model
+    with torch.no_grad():
+        return naive_losses(base, adapters, encoded, mode, torch.from_numpy(weights)).tolist()
+
+
+def naive_losses(
+    base: Base, adapters: dict[str, Adapter], encoded: list[Encoded], mode: str, weights: torch.Tensor
+) -> torch.Tensor:
+    """The same, [T], differentiable by the weights [N]."""
+    model = tiny_base("t5" if base.seq2seq else "llama", torch.float64).model
     for path in targets(base):
-        held = [
-            (float(w), a.branches[path]) for w, a in zip(weights, adapters.values(), strict=True) if path in a.branches
-        ]
+        held = [(w, a.branches[path]) for w, a in zip(weights, adapters.values(), strict=True) if path in a.branches]
         if mode == "delta":
             delta = sum(w * b.scale * b.B.double() @ b.A.double() for w, b in held)
         else:
             A, B = sum(w * b.A.double() for w, b in held), sum(w * b.B.double() for w, b in held)
             delta = held[0][1].scale * B @ A
-        model.get_submodule(path).weight.data += delta
-    scored = []
-    for row in encoded:
-        batch = collate([row], base.pad_id, seq2seq=base.seq2seq)
-        with torch.no_grad():
-            scored += token_losses(model, batch).tolist()
-    return scored
+        module = model.get_submodule(path)
+        weight = module.weight.detach()
+        del module.weight  # a parameter takes no sum that has a gradient
+        module.weight = weight + delta
+    batches = [collate([row], base.pad_id, seq2seq=base.seq2seq) for row in encoded]
+    return torch.cat([token_losses(model, batch) for batch in batches])
 
 
 @pytest.mark.parametrize(("mode", "plan"), PLANS)
@@ -175,7 +180,30 @@ def test_the_cheapest_plan_is_chosen(base: Base, runtime: LoraRuntime) -> None:
     for held, expected in ((few, "arena"), (many, "merge")):
         fitting = [ArenaPlan(held, "delta"), MergePlan(held, "delta")]
         assert plans.cheapest(fitting, weights, "cpu").name == expected
-    assert Cost(1.0, 2.0).total("cpu") == 1.0 + 2.0 * plans.BALANCE["cpu"]
+    for device in ("cpu", "cuda"):
+        total = 1.0 + 2.0 * plans.BALANCE[device] + 3.0 * plans.LAUNCH[device]
+        assert Cost(1.0, 2.0, 3.0).total(device) == total
+    assert Cost(1.0, 2.0, 3.0).total("mps") == Cost(1.0, 2.0, 3.0).total("cpu")
+
+
+def test_a_merge_pays_for_a_forward_of_each_candidate(base: Base, runtime: LoraRuntime) -> None:
+    held = setting(base, runtime, count=4, rank=2, tokens=50)
+    weights = np.ones((6, 4))
+    shared, apart = ArenaPlan(held, "delta").cost(weights).calls, MergePlan(held, "delta").cost(weights).calls
+    assert shared == held.calls + 2 * len(held.paths)
+    assert apart == 6 * (held.calls + 4 * len(held.paths))
+
+
+def test_kernels_score_as_the_host_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Factors composed by the GPU's kernel, from arena to arena, and run by its linears."""
+    base = tiny_base("llama")
+    adapters, encoded = adapters_of(base, "factor"), encode(base)
+    monkeypatch.setenv("HUBKIT_OPS", "triton")
+    runtime = LoraRuntime(base.model.to(DEVICE))
+    found = Population(base, runtime, adapters, encoded, mode="factor", plan="factors").losses(WEIGHTS[1:4])
+    host = tiny_base("llama")
+    for weights, tokens in zip(WEIGHTS[1:4], found.tokens, strict=True):
+        np.testing.assert_allclose(tokens, naive(host, adapters, encoded, "factor", weights), rtol=1e-5)
 
 
 def test_sixteen_bit_weights_are_not_merged() -> None:
@@ -249,3 +277,24 @@ def test_long_targets_and_listeners_get_real_keys_and_values() -> None:
         lay_out(base, few)[0].losses(1)
     hook.remove()
     assert calls == ["v"]
+
+
+def test_gradients_equal_those_of_a_plain_merge(base: Base, runtime: LoraRuntime) -> None:
+    """Of each candidate's own objective, at zero weights too, however candidates are cut into batches."""
+    adapters, encoded = adapters_of(base, "delta"), encode(base)
+    population = Population(base, runtime, adapters, encoded, mode="delta")
+    wanting = [p.requires_grad for p in base.model.parameters()]
+    objectives = [ExampleMean((i % len(encoded),)) if i % 2 else ExampleMean() for i in range(len(WEIGHTS))]
+    found = population.gradients(WEIGHTS, objectives)
+    rows = np.repeat(np.arange(len(encoded)), [len(row.target) for row in encoded])
+    for weights, objective, gradient in zip(WEIGHTS, objectives, found, strict=True):
+        learned = torch.from_numpy(weights).requires_grad_()
+        value = naive_losses(base, adapters, encoded, "delta", learned).double() @ torch.from_numpy(
+            objective.shares(rows)
+        )
+        np.testing.assert_allclose(gradient, torch.autograd.grad(value, learned)[0], rtol=1e-4, atol=1e-6)
+    population._room = 1
+    np.testing.assert_allclose(population.gradients(WEIGHTS, objectives), found, rtol=1e-5, atol=1e-7)
+    assert [p.requires_grad for p in base.model.parameters()] == wanting
+    naively = [naive(base, adapters, encoded, "delta", weights) for weights in WEIGHTS]
+    np.testing.assert_allclose(population.losses(WEIGHTS).tokens, naively, rtol=1e-4, atol=1e-5)

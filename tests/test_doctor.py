@@ -98,7 +98,12 @@ def test_an_endpoint_that_answers_and_one_that_does_not(monkeypatch, tmp_path):
 
 def test_a_name_server_that_hangs_costs_a_second(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setattr(socket, "create_connection", lambda *_a, **_k: time.sleep(20))
+
+    def hang(*_args, **_kwargs):
+        time.sleep(20)
+        raise TimeoutError
+
+    monkeypatch.setattr(socket, "create_connection", hang)
     monkeypatch.setattr(doctor, "CONNECT_SECONDS", 0.2)
     start = time.monotonic()
     assert not find("network", home=tmp_path).ok

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -16,8 +13,11 @@ from hubkit import Hub
 from hubkit.errors import IntegrityError, NotFoundError, PolicyError, UsageError
 from hubkit.index import Index, seal
 from hubkit.mixture import Mixture, Part
-from hubkit.remotes import open_source, remote
+from hubkit.remotes import open_source, open_target, remote
 from hubkit.remotes.folder import FolderSource
+from hubkit.store import Ref
+from hubkit.store.refs import ConflictError
+from tests.hub_server import HubDouble
 from tests.test_store import corrupt
 from tests.tiny_adapters import BASE, write_adapter
 
@@ -280,6 +280,12 @@ def test_tag_and_remove_change_names_only(hub, tmp_path):
     entry = add(hub, tmp_path, "a")
     assert [hub.tag("a", new).label for new in ("a:v1", ":v2", "b/c")] == ["a:v1", "a:v2", "b/c"]
     assert hub.tag("plural", "mine").source == "store"
+    assert hub.store.refs.read("mine").source == "index:plural"
+    hub.store.point(Ref("far", "latest", entry.digest, "hf://a/b@c"))
+    assert hub.tag("far", "near").digest == entry.digest
+    assert hub.store.refs.read("near").source == "hf://a/b@c"
+    for name in ("far", "near"):
+        hub.remove(name)
     assert hub.remove("a").digest == entry.digest
     with pytest.raises(NotFoundError, match="a:v1"):
         hub.entry("a")
@@ -288,6 +294,19 @@ def test_tag_and_remove_change_names_only(hub, tmp_path):
     with pytest.raises(UsageError):
         hub.remove(entry.digest)
     assert {e.label for e in hub.entries() if e.digest == entry.digest} == {"a:v1", "a:v2", "b/c"}
+
+
+def test_a_tag_can_be_moved_on_condition(hub, tmp_path):
+    one, two = add(hub, tmp_path, "one", 1), add(hub, tmp_path, "two", 2)
+    assert hub.tag("one", "prod", expect="none").digest == one.digest
+    with pytest.raises(ConflictError, match=f"prod:latest holds {one.digest}, not nothing"):
+        hub.tag("two", "prod", expect="none")
+    with pytest.raises(ConflictError):
+        hub.tag("two", "prod", expect=two.digest)
+    with pytest.raises(PolicyError):
+        hub.tag("two", "prod", expect="one")
+    assert hub.entry("prod").digest == one.digest
+    assert hub.tag("two", "prod", expect=one.digest).digest == two.digest
 
 
 def test_pull_from_a_folder_and_a_file_url(hub, tmp_path):
@@ -305,7 +324,7 @@ def test_pull_from_a_folder_and_a_file_url(hub, tmp_path):
 def test_references_that_lead_nowhere_say_what_to_do(hub):
     with pytest.raises(UsageError, match="hf://owner/name"):
         hub.pull("owner/name")
-    with pytest.raises(UsageError, match="file, hf, index"):
+    with pytest.raises(UsageError, match="file, gs, hf, index, s3"):
         hub.pull("ftp://host/x")
     with pytest.raises(NotFoundError):
         hub.pull("index:nothing")
@@ -320,60 +339,12 @@ def test_a_further_remote_needs_a_decorator_only(hub, tmp_path):
     def open_testing(locator):
         return FolderSource(tmp_path / locator, f"testing:{locator}#1")
 
-    assert open_source("testing:somewhere").files() == ["adapter_config.json", "adapter_model.safetensors"]
+    names = [file.name for file in open_source("testing:somewhere").files()]
+    assert names == ["adapter_config.json", "adapter_model.safetensors"]
+    with pytest.raises(UsageError, match="can't be pushed to"):
+        open_target("testing:somewhere")
     hub.pull("testing:somewhere")
     assert hub.store.refs.read("somewhere").source == "testing:somewhere#1"
-
-
-class HubDouble(BaseHTTPRequestHandler):
-    """What the Hugging Face client needs of a server to pull one repository, `someone/lora`, and no more."""
-
-    folder: Path
-    asked: list[str]
-    commit = "0123456789abcdef0123456789abcdef01234567"
-
-    def do_GET(self):
-        self.asked.append(self.path)
-        path = self.path.split("?")[0]
-        if path.startswith("/api/models/someone/lora/revision/") and path.endswith(("/main", self.commit)):
-            names = [{"rfilename": name} for name in os.listdir(self.folder)]
-            self.answer(json.dumps({"id": "someone/lora", "sha": self.commit, "siblings": names}).encode())
-        elif path.startswith("/api/models/someone/lora/tree/"):
-            rows = [
-                {"type": "file", "path": path.name, "size": path.stat().st_size, "oid": f"{i:040x}"}
-                for i, path in enumerate(sorted(self.folder.iterdir()))
-            ]
-            self.answer(json.dumps(rows).encode())
-        elif path.startswith("/someone/lora/resolve/"):
-            name = path.rsplit("/", 1)[1]
-            etag = f"{sorted(os.listdir(self.folder)).index(name):040x}"
-            self.answer((self.folder / name).read_bytes(), {"ETag": f'"{etag}"', "X-Repo-Commit": self.commit})
-        else:
-            self.answer(b"{}", {"X-Error-Code": "RepoNotFound"}, status=404)
-
-    do_HEAD = do_GET
-
-    def answer(self, body, headers=None, status=200):
-        self.send_response(status)
-        for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def endpoint(tmp_path):
-    folder = write_adapter(tmp_path / "remote", 9)
-    (folder / "training_args.bin").write_bytes(b"\x80\x04.")
-    handler = type("Handler", (HubDouble,), {"folder": folder, "asked": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", handler
-    server.shutdown()
 
 
 def pull_in_a_process(ref: str, home: Path, **environment: str) -> subprocess.CompletedProcess:
@@ -391,22 +362,18 @@ def pull_in_a_process(ref: str, home: Path, **environment: str) -> subprocess.Co
     )  # fmt: skip
 
 
-def test_pull_from_the_hugging_face_hub(endpoint, tmp_path):
-    url, server = endpoint
-    home = tmp_path / "home"
-    run = pull_in_a_process("hf://someone/lora", home, HF_ENDPOINT=url)
+def test_the_environment_says_which_hub_and_whether_to_ask_it(tmp_path):
+    double, home = HubDouble(tmp_path / "server"), tmp_path / "home"
+    commit = double.add("someone/lora", write_adapter(tmp_path / "lora", 9))
+    run = pull_in_a_process("hf://someone/lora", home, HF_ENDPOINT=double.url)
     assert (run.returncode, run.stdout) == (0, "someone/lora\n"), run.stderr
-    assert not any("training_args" in path for path in server.asked if "resolve" in path)
-    hub = Hub(home)
-    assert hub.store.refs.read("someone/lora").source == f"hf://someone/lora@{server.commit}"
-    same = hub.add(server.folder, "same")
-    assert hub.entry("someone/lora").digest == same.digest
-
-    offline = pull_in_a_process(f"hf://someone/lora@{server.commit}", home, HF_HUB_OFFLINE="1")
-    assert (offline.returncode, offline.stdout) == (0, "someone/lora\n"), offline.stdout
-    missing = pull_in_a_process("hf://someone/else", home, HF_ENDPOINT=url)
+    assert Hub(home).store.refs.read("someone/lora").source == f"hf://someone/lora@{commit}"
+    missing = pull_in_a_process("hf://someone/else", home, HF_ENDPOINT=double.url)
     assert missing.returncode == 3
     assert "There is no hf://someone/else" in missing.stdout
-    uncached = pull_in_a_process("hf://someone/else", home, HF_HUB_OFFLINE="1")
+    asked = len(double.seen)
+    uncached = pull_in_a_process("hf://someone/else", home, HF_ENDPOINT=double.url, HF_HUB_OFFLINE="1")
     assert uncached.returncode == 3
     assert "not in the cache" in uncached.stdout
+    assert len(double.seen) == asked
+    double.close()

@@ -14,6 +14,10 @@ LIGHT = [
     "hubkit.remotes",
     "hubkit.policy",
     "hubkit.index",
+    "hubkit.index_check",
+    "hubkit.catalogue",
+    "hubkit.provenance.inspection",
+    "hubkit.signing",
     "hubkit.mixture",
     "hubkit.cli",
 ]
@@ -63,8 +67,10 @@ def test_arrows_go_down_only(name):
         foreign = {i.split(".")[0] for i in imports(name)} - set(sys.stdlib_module_names) - {"torch", "triton"}
         assert foreign <= {"hubkit"}
         assert all(i.startswith(("hubkit.ops", "hubkit.errors")) for i in imports(name) if i.startswith("hubkit"))
+    if name.startswith("hubkit.lean"):
+        assert all(i.startswith(("hubkit.ops", "hubkit.lean")) for i in imports(name) if i.startswith("hubkit."))
     if name.startswith("hubkit.lora"):
-        for upper in ("hubkit.train", "hubkit.store", "hubkit.hub"):
+        for upper in ("hubkit.lean", "hubkit.train", "hubkit.store", "hubkit.hub"):
             assert not reaches(name, upper)
     if name.startswith(("hubkit.store", "hubkit.remotes", "hubkit.policy")):
         assert not reaches(name, "torch")
@@ -77,7 +83,18 @@ def test_light_modules_load_no_torch(name):
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["list"], ["show", "nothing"], ["pull", "index:nothing"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["list"],
+        ["show", "nothing"],
+        ["show", "plural"],
+        ["search", "sentiment"],
+        ["index", "validate"],
+        ["pull", "index:nothing"],
+    ],
+)
 def test_light_commands_load_no_torch(arguments, tmp_path):
     code = (
         "import sys; from hubkit.cli import main\n"

@@ -16,6 +16,8 @@ from hubkit.errors import UsageError
 from hubkit.lora.arena import PAGE, Arena
 from hubkit.lora.linear import MultiLoraLinear
 from hubkit.lora.runtime import LoraRuntime
+from hubkit.ops import native
+from hubkit.ops.native import library
 from tests import tiny_models
 from tests.test_ops import EVERY
 
@@ -174,7 +176,11 @@ def test_base_is_untouched_to_the_bit(model: Any, dtype: torch.dtype) -> None:
         with runtime.use([{"a": 0.0}]):
             assert torch.equal(model(**given).logits, base)
         assert torch.equal(model(**given).logits, mixed)
-    assert torch.equal(mixed[[2, 4]], base[[2, 4]])
+    if dtype is torch.bfloat16 and native.unavailable() == "" and library.fuses():
+        # its base products are not torch's, which may sum in another order: tests/test_ops_fused.py
+        torch.testing.assert_close(mixed[[2, 4]], base[[2, 4]])
+    else:
+        assert torch.equal(mixed[[2, 4]], base[[2, 4]])
     assert not torch.equal(mixed[0], base[0])
     assert torch.equal(model(**given).logits, base)
     for name, parameter in model.named_parameters():

@@ -14,9 +14,10 @@ from torch import Tensor
 from hubkit import ops
 from hubkit.ops import cpu, naive, native
 from hubkit.ops.native import build as builder
+from hubkit.ops.native import library
 from tests.test_ops import RANKS, ROUTINGS, TOLERANCE, Case, build, error, run
 
-COMPILES = not isinstance(native.load(), builder.BuildError)
+COMPILES = not isinstance(library.load(), builder.BuildError)
 needs_native = pytest.mark.skipif(not COMPILES, reason=native.unavailable())
 
 
@@ -152,10 +153,10 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_the_width_of_wider_machines(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """16 lanes, as on AVX-512, which a compiler splits for other processors. From an empty cache, too."""
     monkeypatch.setattr(builder, "FLAGS", [*builder.FLAGS, "-DLANES=16", "-O1"])
-    wide = native.load()
+    wide = library.load()
     assert not isinstance(wide, builder.BuildError), wide
     assert [path.suffix for path in empty_cache.iterdir()] == [".so"]
-    monkeypatch.setattr(native, "_delta", lambda: wide)
+    monkeypatch.setattr(library, "_library", lambda: wide)
     for routing in ROUTINGS.values():
         for dtype in native.DTYPES:
             case = build(**routing, K=129, N=67, dtype=dtype)  # type: ignore[arg-type]
@@ -195,12 +196,12 @@ def test_a_failed_build_is_quiet_and_kept(empty_cache: Path, monkeypatch: pytest
 def test_a_folder_that_cannot_be_written_is_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    answer = native.load()
+    answer = library.load()
     assert isinstance(answer, builder.BuildError)
 
 
 def test_forcing_what_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_delta", lambda: builder.BuildError("no C++ compiler"))
+    monkeypatch.setattr(library, "_library", lambda: builder.BuildError("no C++ compiler"))
     monkeypatch.setenv("HUBKIT_OPS", "native")
     with pytest.raises(ValueError, match="no C\\+\\+ compiler"):
         ops.implementation()

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import json
-import random
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from hubkit.adapter import Adapter
+from hubkit.cli.output import Format, Output
 from hubkit.errors import NotFoundError, PolicyError
-from hubkit.policy import check_adapter_folder, check_name, check_tag, escape, safe_join
-from hubkit.tensorfile import read_header
+from hubkit.hub import Hub
+from hubkit.policy import check_adapter_folder, check_name, check_tag, checked_stream, escape, safe_join
+from hubkit.pull import Pull
+from hubkit.remotes.folder import FolderSource
+from hubkit.remotes.source import RemoteFile, Source
+from hubkit.store.manifests import adapter_manifest, digest_of, mixture_manifest
+from hubkit.tensorfile import DTYPES, TensorInfo, check_finite
+from hubkit.transfer import Transfer
+from tests.cli import hubkit
+from tests.malformed import GOOD
 from tests.tiny_adapters import LAYER, write_adapter
 
 A = f"{LAYER}.q_proj.lora_A.weight"
@@ -78,6 +89,27 @@ def test_values_must_be_finite(tmp_path, dtype, value):
     assert refused(write_adapter(tmp_path, tensors={A: bad})) == "finite"
 
 
+@pytest.mark.parametrize("chunk", [4, 8, 12, 1 << 22])
+def test_of_many_tensors_the_one_that_is_not_finite_is_named(chunk):
+    """Neighbours of one dtype are read together, in pieces that begin and end anywhere."""
+    kinds = ["F32", "F32", "BF16", "F16", "F16", "F32"]
+    tensors, data = {}, b""
+    for i, dtype in enumerate(kinds):
+        part = np.ones(6 if dtype == "F32" else 4, "<f4" if dtype == "F32" else "<f2").tobytes()
+        tensors[f"t{i}"] = TensorInfo(f"t{i}", dtype, (2,), 3 + len(data), 3 + len(data) + len(part))
+        data += part
+    check_finite(io.BytesIO(b"???" + data), tensors, chunk)
+    for info in tensors.values():
+        for place in (info.start, info.stop - DTYPES[info.dtype][0]):
+            bad = bytearray(b"???" + data)
+            bad[place : place + DTYPES[info.dtype][0]] = b"\xff" * DTYPES[info.dtype][0]
+            with pytest.raises(PolicyError, match=f"values in {info.name} ") as caught:
+                check_finite(io.BytesIO(bad), tensors, chunk)
+            assert caught.value.rule == "finite"
+        with pytest.raises(PolicyError, match="shrank"):
+            check_finite(io.BytesIO((b"???" + data)[: info.stop - 1]), tensors, chunk)
+
+
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt", "ADAPTER_MODEL.BIN"])
 def test_pickled_weights_are_refused_also_beside_good_ones(tmp_path, name):
     folder = write_adapter(tmp_path)
@@ -94,72 +126,6 @@ def test_missing_files_are_not_found(tmp_path):
     (folder / "adapter_config.json").unlink()
     with pytest.raises(NotFoundError, match="adapter_config"):
         check_adapter_folder(folder)
-
-
-HEADERS = {
-    "header-size": [(b"{}", b"", 1 << 60), (b"{}", b"", 9 << 20), (b"{}", b"", 3), (b"", b"", 5)],
-    "header-json": [
-        (b"{", b"", None),
-        (b"[]", b"", None),
-        (b'{"a":' * 50_000, b"", None),
-        (json.dumps({"a": tensor(), "b": tensor()}).replace('"b"', '"a"').encode(), bytes(16), None),
-        ({"a": {"dtype": "F32"}}, b"", None),
-        ({"a": tensor() | {"extra": 1}}, bytes(16), None),
-        (b"\xff\xfe{}", b"", None),
-    ],
-    "tensor-count": [({}, b"", None), ({"__metadata__": {}}, b"", None)],
-    "tensor-name": [({n: tensor()}, bytes(16), None) for n in ("../x", "", "a b", "x" * 513, "é", "\x1b[2J")],
-    "dtype": [({"a": tensor(d)}, bytes(16), None) for d in ("I64", "F64", "f32", "", 3, ["F32"])],
-    "shape": [
-        ({"a": tensor("F32", shape)}, bytes(16), None)
-        for shape in ((), (0, 2), (2, -2), (2.0, 2), (1,) * 5, (True,))
-    ],
-    "offsets": [
-        ({"a": tensor(offsets=(0, 15))}, bytes(16), None),
-        ({"a": tensor(offsets=(16, 0))}, bytes(16), None),
-        ({"a": tensor(offsets=(0, 16))}, bytes(15), None),
-        ({"a": tensor(offsets=(0, 16))}, bytes(17), None),
-        ({"a": tensor(offsets=(1, 17))}, bytes(17), None),
-        ({"a": tensor(offsets=(0, 16)), "b": tensor(offsets=(8, 24))}, bytes(24), None),
-        ({"a": tensor(shape=(1 << 40, 1 << 40), offsets=(0, 16))}, bytes(16), None),
-        ({"a": tensor(offsets=(0, 1 << 60))}, bytes(16), None),
-        ({"a": tensor(offsets=(0,))}, bytes(16), None),
-    ],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("rule", "header", "data", "length"),
-    [(rule, *case) for rule, cases in HEADERS.items() for case in cases],
-    ids=[f"{rule}-{i}" for rule, cases in HEADERS.items() for i in range(len(cases))],
-)
-def test_malformed_headers_are_refused_by_rule(tmp_path, rule, header, data, length):
-    assert refused(write_raw(tmp_path, header, data, length)) == rule
-
-
-def test_too_many_tensors_are_refused(tmp_path):
-    header = {f"t{i}": tensor("F32", (1,), (4 * i, 4 * i + 4)) for i in range(20_001)}
-    assert refused(write_raw(tmp_path, header, bytes(4 * 20_001))) == "tensor-count"
-
-
-@pytest.mark.parametrize("mutations", [300, pytest.param(20_000, marks=pytest.mark.slow)])
-def test_mutated_files_never_surprise(tmp_path, mutations):
-    """Whatever bytes change, the header is read or refused, and what is read lies within the file."""
-    path = write_adapter(tmp_path) / "adapter_model.safetensors"
-    original, choose = path.read_bytes(), random.Random(7)
-    outcomes = set()
-    for _ in range(mutations):
-        data = bytearray(original)
-        for _ in range(choose.randint(1, 4)):
-            data[choose.randrange(len(data) // 2)] = choose.randrange(256)
-        path.write_bytes(data[: choose.choice([len(data), choose.randrange(len(data))])])
-        try:
-            tensors = read_header(path)
-        except PolicyError as error:
-            outcomes.add(error.rule)
-        else:
-            assert all(8 < t.start < t.stop <= path.stat().st_size for t in tensors.values())
-    assert {"header-size", "header-json"} <= outcomes
 
 
 def test_factors_must_agree_with_each_other_and_the_config(tmp_path):
@@ -189,12 +155,28 @@ def test_other_adapters_than_lora_are_refused(tmp_path):
     assert refused(write_adapter(tmp_path / "b", peft_type=None)) == "peft-type"
 
 
-@pytest.mark.parametrize("text", ["[]", "{", '{"r":1,"r":2}', '{"r":NaN}', " " * ((1 << 20) + 1)])
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("[]", "json"),
+        ("{", "json"),
+        ('{"r":NaN}', "json"),
+        ('{"r":-0}', "json"),
+        ('{"r":' + "[" * 70 + "]" * 70 + "}", "json"),
+        ('{"r":' + "[" * 50_000, "json"),
+        ("\ufeff{}", "json"),
+        ('{"r":"\\ud800"}', "json"),
+        ('{"r":1,"r":2}', "duplicate-key"),
+        ('{"r":{"a":1,"a":1}}', "duplicate-key"),
+        (" " * ((1 << 20) + 1), "size"),
+    ],
+    ids=lambda text: text[:12],
+)
 @pytest.mark.parametrize("name", ["adapter_config.json", "hubkit.json"])
-def test_malformed_side_files_are_refused(tmp_path, name, text):
+def test_malformed_side_files_are_refused(tmp_path, name, text, rule):
     write_adapter(tmp_path)
     (tmp_path / name).write_text(text)
-    assert refused(tmp_path) == "json"
+    assert refused(tmp_path) == rule
 
 
 def test_a_base_that_is_no_object_is_refused(tmp_path):
@@ -242,3 +224,138 @@ def test_bad_tags(tag):
 
 def test_control_characters_are_spelled_out():
     assert escape("a\x1b[2J\r\n\u202eb é\x9b") == "a\\x1b[2J\\r\\n\\u202eb é\\x9b"
+
+
+def test_json_output_is_visible_and_the_same(capsys):
+    data = {"name": "a\x1b[2J\u202eb\x9b\u200b é", "n": 1}
+    Output(Format.json).result(data, lambda: None)
+    line = capsys.readouterr().out.rstrip("\n")
+    assert line.isprintable()
+    assert "é" in line
+    assert json.loads(line) == data
+
+
+def test_what_a_stranger_wrote_is_printed_spelled_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("HUBKIT_HOME", str(tmp_path / "home"))
+    hostile = "evil\x1b]0;owned\x07\u202ebase\u200b\r"
+    write_adapter(tmp_path / "a", base_model_name_or_path=hostile, meta={"recipe": {"method": hostile}})
+    Hub().add(tmp_path / "a", "a")
+    for command in (["list"], ["show", "a"], ["list", "--format", "json"], ["show", "a", "--format", "json"]):
+        run = hubkit(*command)
+        assert run.code == 0
+        assert all(line.isprintable() for line in (run.out + run.err).splitlines())
+        assert "\\u202e" in run.out
+
+
+class TestStreams:
+    """What is copied of a file before it is known to be good."""
+
+    class Endless:
+        """A stream that counts what is read of it, and goes on with zeros after its beginning."""
+
+        def __init__(self, beginning: bytes) -> None:
+            self.given, self._beginning = 0, beginning
+
+        def read(self, size: int) -> bytes:
+            data = self._beginning[self.given : self.given + size] if self.given < len(self._beginning) else bytes(size)
+            self.given += len(data)
+            return data
+
+    def drained(self, name: str, stream: Endless, size: int | None = None) -> int:
+        checked, total = checked_stream(name, stream, size), 0
+        while data := checked.read(1 << 16):
+            total += len(data)
+        return total
+
+    def test_a_text_ends_at_its_limit(self):
+        stream = self.Endless(b"")
+        with pytest.raises(PolicyError) as caught:
+            self.drained("README.md", stream)
+        assert caught.value.rule == "size"
+        assert stream.given < 2 << 20
+
+    def test_weights_are_refused_by_their_header(self):
+        stream = self.Endless(b"\xff" * 8)
+        with pytest.raises(PolicyError) as caught:
+            self.drained("adapter_model.safetensors", stream)
+        assert caught.value.rule == "header-size"
+        assert stream.given <= (8 << 20) + 8
+
+    def test_weights_end_where_their_header_says(self):
+        stream = self.Endless(GOOD["plain"])
+        with pytest.raises(PolicyError) as caught:
+            self.drained("adapter_model.safetensors", stream)
+        assert caught.value.rule == "offsets"
+        assert stream.given == len(GOOD["plain"]) + 1
+
+    def test_a_whole_file_comes_through(self):
+        stream = io.BytesIO(GOOD["plain"])
+        assert self.drained("adapter_model.safetensors", stream) == len(GOOD["plain"])
+
+    def test_no_file_is_longer_than_stated(self):
+        assert self.drained("hubkit.json", self.Endless(b""), 10) == 11  # one more, for its digest to differ
+
+
+def test_a_file_that_changes_after_its_check_is_not_what_is_loaded(tmp_path, monkeypatch):
+    """The loader keeps the bytes that it checked; so does the store, which checks its copy."""
+    folder = write_adapter(tmp_path / "a")
+    weights = folder / "adapter_model.safetensors"
+    real, good = check_finite, weights.read_bytes()
+
+    def attacked(file, tensors):
+        real(file, tensors)
+        weights.write_bytes(b"\0" * len(good))
+
+    monkeypatch.setattr("hubkit.policy.folder.check_finite", attacked)
+    adapter = Adapter.load(folder)
+    assert all(tensor.isfinite().all() and tensor.any() for tensor in adapter.tensors().values())
+    weights.write_bytes(good)
+    hub = Hub(tmp_path / "home")
+    hub.add(folder, "a")
+    digest = hub.entry("a").manifest["files"]["adapter_model.safetensors"]["digest"]
+    assert hub.store.blobs.check(digest).read_bytes() == good
+
+
+@pytest.mark.parametrize("change", [{"facts": {"rank": 64}}, {"meta": {"template": {"kind": "chat"}}}])
+def test_a_manifest_that_its_files_contradict_is_refused(tmp_path, change):
+    hub, source = Hub(tmp_path / "home"), FolderSource(write_adapter(tmp_path / "a"))
+    hub.add(source.folder, "a")
+    stated = hub.entry("a").manifest
+    source.manifest = stated
+    elsewhere = Transfer(Hub(tmp_path / "elsewhere").store)
+    assert Pull(elsewhere, source).run()[1] == stated
+    source.manifest = {**stated, **{key: stated[key] | value for key, value in change.items()}}
+    with pytest.raises(PolicyError) as caught:
+        Pull(elsewhere, source).run()
+    assert caught.value.rule == "manifest"
+
+
+class Mixtures(Source):
+    """A remote of mixtures: each level mixes the two of the level below, which mix the same; at last an adapter."""
+
+    FILES = dict.fromkeys(("adapter_model.safetensors", "adapter_config.json"), ("c" * 64, 1))
+
+    def __init__(self, levels: int, twins: int) -> None:
+        self.url = self.name = "evil"
+        held = [adapter_manifest(self.FILES, {"rank": 1}, {}, None)]
+        self._held = {digest_of(held[0]): held[0]}
+        for _ in range(levels):
+            parts = [{"digest": digest_of(manifest), "name": "x", "weight": 1.0} for manifest in held]
+            held = [mixture_manifest(parts, "delta", 1, {"twin": twin}, None) for twin in range(twins)]
+            self._held |= {digest_of(manifest): manifest for manifest in held}
+        self.manifest = held[0]
+
+    def files(self):
+        return [RemoteFile(name, size, f"sha256:{sha}") for name, (sha, size) in self.FILES.items()]
+
+    def part(self, digest):
+        part = copy.copy(self)
+        part.manifest = self._held[digest]
+        return part
+
+
+@pytest.mark.parametrize(("levels", "twins"), [(40, 1), (30, 2)])
+def test_mixtures_without_end_are_refused(tmp_path, levels, twins):
+    with pytest.raises(PolicyError) as caught:
+        Pull(Transfer(Hub(tmp_path).store), Mixtures(levels, twins)).run()
+    assert caught.value.rule == "depth"

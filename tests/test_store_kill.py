@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,27 +15,60 @@ import pytest
 
 from hubkit.hub import Hub
 from hubkit.store import Store
+from tests.test_store import corrupt
 from tests.tiny_adapters import write_adapter
 
-WRITER = """
-import itertools, sys
-from pathlib import Path
-import numpy  # else the first check of an adapter would spend the time until the kill importing it
-from hubkit.hub import Hub
 
-hub, source, run = Hub(Path(sys.argv[1])), Path(sys.argv[2]), sys.argv[3]
-print("ready", flush=True)
-for i in itertools.count():
-    name = f"r{run}-{i}"
-    hub.add(source / str(i % 4), name)
-    print("+" + name, flush=True)
-    if i % 3 == 2:
-        hub.add_mixture(hub.resolve(f"0.5*{name}+0.5*r{run}-0"), f"m{run}-{i}")
-        print(f"+m{run}-{i}", flush=True)
-        print("-" + name, flush=True)
-        hub.remove(name)
+def work(home: Path, source: Path, run: int, say: Callable[[str], None]) -> None:
+    """Change the store in every way, for ever. `say` what comes next (">verb"), what is promised ("+name" is there
+    from now on, "-name" may be gone) and what is damaged on purpose ("!which").
+    """
+    hub = Hub(home)
+    for i in itertools.count(run):  # so that each run begins with something else
+        name, folder = f"r{run}-{i}", source / str(i % 4)
+        say(">add" if i % 2 else ">pull")
+        entry = hub.add(folder, name) if i % 2 else hub.pull(str(folder), name)
+        say("+" + name)
+        say(">tag")
+        hub.tag(name, f"t{run}-{i}", expect="none")
+        say(f"+t{run}-{i}")
+        if i % 3 == 2:
+            say(">mix")
+            hub.add_mixture(hub.resolve(f"0.5*{name}+0.5*t{run}-{i}"), f"m{run}-{i}")
+            say(f"+m{run}-{i}")
+            say(">view")
+            hub.folder(name)
+            say("-" + name)
+            say(">rm")
+            hub.remove(name)
+        say(">gc")
         hub.store.gc(grace=0)
-"""
+        if i % 5 == 4:
+            say(f"!{i % 4}")
+            say(">repair")
+            corrupt(hub.store.blobs.path(entry.manifest["files"]["adapter_model.safetensors"]["digest"]))
+            assert not hub.verify(repair=True, source=str(folder)).problems
+            say("!")
+
+
+def killed(home: Path, source: Path, run: int, delay: float) -> list[str]:
+    """Let a process work for `delay` seconds, kill it, and return what it said."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(read)
+        try:
+            work(home, source, run, lambda line: os.write(write, (line + "\n").encode()))
+        finally:
+            os._exit(1)
+    os.close(write)
+    time.sleep(delay)
+    os.kill(child, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with os.fdopen(read) as pipe:
+        said = pipe.read().split()
+    assert status == -signal.SIGKILL, "the work failed before it was killed"
+    return said
 
 
 def check(home: Path, source: Path) -> None:
@@ -49,25 +82,36 @@ def check(home: Path, source: Path) -> None:
     assert hub.store.verify().problems == []
 
 
-@pytest.mark.parametrize("kills", [12, pytest.param(200, marks=pytest.mark.slow)])
-def test_kill_nine_at_random_moments(tmp_path, kills):
-    home, source, moments = tmp_path / "home", tmp_path / "source", random.Random(42)
+def kill_loop(place: Path, kills: int, longest: float = 0.25) -> dict[str, int]:
+    """Kill a busy process again and again, and check the store after each time; what was counted."""
+    home, source, moments = place / "home", place / "source", random.Random(42)
     for i in range(4):
         write_adapter(source / str(i), i, width=4096)
+    Hub(home).pull(str(source / "0"), "next")  # which also imports what a child would spend its time importing
     promised: set[str] = set()
+    struck: Counter[str] = Counter()
+    corrupt_seen = lost = 0
     for run in range(kills):
-        command = [sys.executable, "-c", WRITER, str(home), str(source), str(run)]
-        writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
-        assert writer.stdout.readline() == "ready\n"
-        time.sleep(moments.uniform(0, 0.25))
-        os.kill(writer.pid, signal.SIGKILL)
-        said, _ = writer.communicate()
-        assert writer.returncode == -signal.SIGKILL
-        for line in said.split():
-            (promised.add if line[0] == "+" else promised.discard)(line[1:])
+        said = killed(home, source, run, moments.uniform(0, longest))
+        for line in said:
+            if line[0] in "+-":
+                (promised.add if line[0] == "+" else promised.discard)(line[1:])
+        struck.update([line[1:] for line in said if line[0] == ">"][-1:])
+        damaged = [line[1:] for line in said if line[0] == "!"][-1:]
+        if damaged and damaged[0]:
+            Hub(home).verify(repair=True, source=str(source / damaged[0]))
+        corrupt_seen += len(Hub(home).verify().problems)
+        lost += len(promised - {entry.name for entry in Hub(home).entries()})
         check(home, source)
-        assert promised <= {entry.name for entry in Hub(home).entries()}
-    assert promised, "no writer ever finished an adapter, so the kills proved nothing"
+    found = {"kills": kills, "names promised": len(promised), "names lost": lost, "corrupt": corrupt_seen}
+    return found | {f"in {verb}": count for verb, count in sorted(struck.items())}
+
+
+@pytest.mark.parametrize("kills", [20, pytest.param(500, marks=pytest.mark.slow)])
+def test_kill_nine_at_random_moments(tmp_path, kills):
+    counts = kill_loop(tmp_path, kills)
+    assert counts["names promised"] > 0, "no writer ever finished an adapter, so the kills proved nothing"
+    assert counts["names lost"] == counts["corrupt"] == 0
 
 
 STEPS = ("mkdir", "fsync", "replace", "chmod", "rename", "unlink", "rmdir", "utime", "symlink")

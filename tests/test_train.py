@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
 from hubkit.adapter import Adapter
 from hubkit.base import Base, Fingerprint
@@ -20,13 +20,9 @@ from hubkit.errors import HubkitError, IntegrityError, NotFoundError, UsageError
 from hubkit.prompt import Template
 from hubkit.task import Example
 from hubkit.train import Recipe, train
-from hubkit.train.attention import CausalAttention
 from hubkit.train.checkpoint import FILE
-from hubkit.train.data import Plan, encode_all, split
-from hubkit.train.norm import RmsNorm, lean_norms
-from hubkit.train.packing import Packing
+from hubkit.train.data import Plan, encode_all, length, split
 from hubkit.train.recipe import ALL_LINEAR
-from hubkit.train.rotary import Rotary, lean_rotary
 from hubkit.train.sites import siblings, targeted
 from hubkit.train.trainer import Run, frozen, resolved
 from tests import tiny_bases
@@ -350,6 +346,7 @@ def test_recipes_go_through_their_file_format(tmp_path: Path) -> None:
         {"steps": True},
         {"schedule": "step"},
         {"dropout": 1.0},
+        {"warmup": 8.9e305},
         {"targets": []},
         {"targets": [1]},
         {"colour": "red"},
@@ -393,15 +390,41 @@ def test_the_split_holds_out_a_share() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
-def test_packed_batches_have_the_losses_of_padded_ones(kind: str) -> None:
+def test_packed_batches_have_the_losses_and_gradients_of_padded_ones(kind: str) -> None:
     run = start(tiny(kind), QUICK)
-    some = [run.examples[i] for i in (0, 5, 7, 13)]
-    run.method.refresh()
+    some = [run.examples[i] for i in (0, 5, 7, 13, 5)]
+    sequences = {(*e.prompt, *e.target) for e in some}
+    assert len({s[:2] for s in sequences}) < len(sequences) == 4, "nothing is shared"
+    with torch.no_grad():
+        run.method.states.normal_(0.0, 0.1)
+
+    def step() -> tuple[Tensor, Tensor]:
+        run.method.refresh()
+        losses = run.losses(some)
+        (losses * torch.linspace(0, 1, len(losses))).sum().backward()
+        run.method.collect()
+        assert run.method.states.grad is not None
+        gradient = run.method.states.grad.clone()
+        run.method.states.grad.zero_()
+        return losses.detach(), gradient
+
     with frozen(run.base.model):
-        packed = run.losses(some)
+        packed = step()
         assert run.history.packs is (kind == "llama")
         run.history.packs = False
-        torch.testing.assert_close(run.losses(some), packed)
+        torch.testing.assert_close(step(), packed, rtol=1e-4, atol=1e-6)
+        assert packed[1].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("dropout", "copies"), [(0.0, 1), (0.1, 4)])
+def test_only_what_dropout_does_not_tell_apart_is_shared(dropout: float, copies: int) -> None:
+    run = start(tiny(), replace(QUICK, dropout=dropout))
+    seen: list[int] = []
+    run.base.model.get_input_embeddings().register_forward_hook(lambda _m, _a, out: seen.append(out.shape[1]))
+    run.method.refresh()
+    with frozen(run.base.model):
+        run.losses([run.examples[0]] * 4)
+    assert seen[-1] == copies * length(run.examples[0])
 
 
 def test_a_model_that_mixes_positions_outside_attention_is_not_packed() -> None:
@@ -421,36 +444,3 @@ def test_siblings_are_the_linears_with_one_input() -> None:
     groups = [list(group) for group in siblings(t5, targeted(t5, ("q", "k", "v")))]
     cross = [group for group in groups if "EncDecAttention" in group[0]]
     assert [[path[-1] for path in group] for group in cross] == 2 * [["q"], ["k", "v"]]
-
-
-def _random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
-
-
-def test_the_autograd_functions_are_right() -> None:
-    q, k, v = (_random(2, heads, 5, 4, seed=seed) for seed, heads in enumerate((6, 2, 2)))
-    assert torch.autograd.gradcheck(lambda *qkv: CausalAttention.apply(*qkv, 0.3, None), (q, k, v))
-    ours = CausalAttention.apply(q, k, v, 0.3, None)
-    theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)
-    torch.testing.assert_close(ours, theirs)
-    packing = Packing([3, 1, 4])
-    tokens = [_random(1, heads, 8, 4, seed=seed) for seed, heads in enumerate((6, 2, 2))]
-    assert torch.autograd.gradcheck(lambda *qkv: CausalAttention.apply(*qkv, 0.3, packing), tokens)
-    weight, (cos, sin) = _random(4).detach(), _random(2, 2, 1, 5, 4).detach()
-    assert torch.autograd.gradcheck(lambda x: RmsNorm.apply(x, weight, 1e-5), (q,))
-    assert torch.autograd.gradcheck(lambda x: Rotary.apply(x, cos, sin), (q,))
-
-
-def test_lean_modules_give_what_the_models_own_give() -> None:
-    base = tiny(dtype=torch.bfloat16)
-    norm = base.model.model.norm
-    x = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
-    before = norm(x)
-    with lean_norms(base.model):
-        assert "forward" in vars(norm)
-        torch.testing.assert_close(norm(x), before)
-    ids = torch.arange(12).view(2, 6) + 3
-    whole = tiny()
-    logits = whole.model(input_ids=ids).logits
-    with lean_rotary(whole.model):
-        torch.testing.assert_close(whole.model(input_ids=ids).logits, logits)

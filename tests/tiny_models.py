@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -54,6 +55,50 @@ def t5() -> Any:
 def gpt2() -> Any:
     torch.manual_seed(0)
     return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=32)).eval()
+
+
+_DECODER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": VOCABULARY,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GROUPED = {**_DECODER, "num_key_value_heads": 2}
+_HEADED = {**_GROUPED, "head_dim": 8}
+_SLIDING = {**_HEADED, "sliding_window": 4}
+_T5 = {"d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4, "d_kv": 8, "vocab_size": VOCABULARY}
+# name: (the classes' prefix, what their config is given)
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", _GROUPED),
+    "qwen2": ("Qwen2", _GROUPED),
+    "qwen3": ("Qwen3", _HEADED),
+    "mistral": ("Mistral", _SLIDING),
+    "gemma": ("Gemma", _HEADED),
+    "gemma2": ("Gemma2", _SLIDING),
+    "gemma3": ("Gemma3", _SLIDING),
+    "phi": ("Phi", _GROUPED),
+    "phi3": ("Phi3", _GROUPED),
+    "gpt-neox": ("GPTNeoX", _DECODER),
+    "t5": ("T5", {**_T5, "decoder_start_token_id": 0}),
+    "t5-gated": ("T5", {**_T5, "decoder_start_token_id": 0, "feed_forward_proj": "gated-gelu"}),
+    "mixtral": ("Mixtral", {**_GROUPED, "num_local_experts": 4}),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {**_HEADED, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2},
+    ),
+}
+
+
+def family(name: str) -> Any:
+    prefix, options = FAMILIES[name]
+    config = getattr(transformers, prefix + ("TextConfig" if prefix == "Gemma3" else "Config"))
+    task = "ForConditionalGeneration" if prefix == "T5" else "ForCausalLM"
+    torch.manual_seed(0)
+    return getattr(transformers, prefix + task)(config(**options)).eval()
 
 
 MODELS = {

@@ -1,0 +1,247 @@
+"""The fused CPU op: base product and deltas in one pass on tile registers, or on their plain C++ stand-in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from hubkit.ops import native
+from hubkit.ops.native import build as builder
+from hubkit.ops.native import library
+from tests.test_ops import RANKS, ROUTINGS, TOLERANCE, Case, build, error
+
+pytestmark = pytest.mark.skipif(bool(native.unavailable()), reason=native.unavailable())
+
+ROUNDED_ONCE = 2**-8 * 1.02  # half a unit in the last place of bf16, and a little for what fp32 sums round
+
+
+SIZES = [
+    (1, 32, 32),
+    (17, 2048, 64),
+    (31, 32, 544),
+    (33, 160, 288),
+    (1100, 32, 32),
+    (5, 64, 1),
+    (50, 32, 79),
+    (40, 96, 273),
+]
+
+
+@pytest.fixture(scope="module")
+def plain_tiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("plain")))
+        patch.setattr(builder, "FLAGS", [*builder.FLAGS, "-DHUBKIT_PLAIN_TILES"])
+        yield library.load()
+
+
+@pytest.fixture(params=["tiles", "plain"], autouse=True)
+def tiles(
+    request: pytest.FixtureRequest, plain_tiles: builder.BuildError | object, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    if request.param == "plain":
+        assert not isinstance(plain_tiles, builder.BuildError), plain_tiles
+        monkeypatch.setattr(library, "_library", lambda: plain_tiles)
+        monkeypatch.setattr(library, "fuses", lambda: True)
+    elif not library.fuses():
+        pytest.skip("this processor has no AMX for bf16")
+    return request.param
+
+
+def fused(case: Case) -> Tensor:
+    plan = native.plan([(native.route(case.C, case.group), case.A, case.Bt)])
+    assert plan.fused
+    (y,) = plan.infer(case.x, [(case.weight, case.bias)])
+    return y
+
+
+def mixed(tokens: int = 1, **sizes: int) -> Case:
+    mixtures = [[0], [3, 4], [5], [], [1, 2, 6], [6], [4], [4]]
+    sizes = {"K": 96, "N": 160, **sizes}
+    return build(tokens=[tokens] * 8, mixtures=mixtures, ranks=[*RANKS, 128], dtype=torch.bfloat16, **sizes)  # type: ignore[arg-type]
+
+
+def off(y: Tensor, case: Case) -> float:
+    """The largest error of an element against fp64, relative to it or, where terms cancel, to a thousandth of the
+    largest."""
+    exact = case.exact()
+    if exact.numel() == 0:
+        return 0.0
+    return float(((y.double() - exact).abs() / exact.abs().clamp_min(1e-3 * exact.abs().max())).max())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS.keys())
+def test_rounded_once_whatever_the_routing(routing: dict, bias: bool) -> None:
+    case = build(**routing, K=64, N=96, bias=bias, dtype=torch.bfloat16)
+    if len(case.x) == 0:
+        return
+    assert off(fused(case), case) < ROUNDED_ONCE
+
+
+@pytest.mark.parametrize(
+    ("rows", "K", "N"), [(1, 32, 32), (17, 2048, 64), (31, 32, 544), (33, 160, 288), (1100, 32, 32)]
+)
+def test_sizes_around_those_of_tiles_tasks_and_slabs(rows: int, K: int, N: int) -> None:
+    tokens = [rows // 3, rows - rows // 3 * 2, rows // 3]
+    case = build(tokens=tokens, mixtures=[[0], [1, 2], []], ranks=[16, 5, 40], K=K, N=N, dtype=torch.bfloat16)
+    assert off(fused(case), case) < ROUNDED_ONCE
+
+
+def test_more_pages_than_are_kept_transposed() -> None:
+    count = 90
+    case = build(
+        tokens=[1] * count, mixtures=[[i] for i in range(count)], ranks=[17] * count, K=32, N=64, dtype=torch.bfloat16
+    )
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    case.x, case.group = case.x[order], case.group[order]
+    assert off(fused(case), case) < ROUNDED_ONCE
+
+
+def test_linears_that_share_x_and_have_routes_of_their_own() -> None:
+    cases = [mixed(3, N=N) for N in (32, 96, 224)]
+    for case, group in zip(
+        cases, (cases[0].group, cases[0].group.flip(0), torch.zeros_like(cases[0].group)), strict=True
+    ):
+        case.x, case.group = cases[0].x, group
+    plan = native.plan([(native.route(case.C, case.group), case.A, case.Bt) for case in cases])
+    ys = plan.infer(cases[0].x.view(2, 12, -1), [(case.weight, case.bias) for case in cases])
+    for y, case in zip(ys, cases, strict=True):
+        assert y.shape == (2, 12, len(case.weight))
+        assert off(y.view(24, -1), case) < ROUNDED_ONCE
+
+
+@pytest.mark.parametrize("tokens", [1, 60])
+def test_a_row_does_not_depend_on_the_other_rows(tokens: int) -> None:
+    case = mixed(tokens)
+    together = fused(case)
+    for row in range(0, len(case.x), max(1, tokens // 4)):
+        alone = Case(case.x[row : row + 1], case.weight, None, case.A, case.Bt, case.C, case.group[row : row + 1])
+        assert torch.equal(fused(alone), together[row : row + 1])
+    order = torch.randperm(len(case.x), generator=torch.Generator().manual_seed(0))
+    shuffled = Case(case.x[order], case.weight, None, case.A, case.Bt, case.C, case.group[order])
+    assert torch.equal(fused(shuffled), together[order])
+
+
+def test_rows_without_coefficients_are_those_of_a_batch_without_any() -> None:
+    case = mixed(20)
+    bare = Case(case.x, case.weight, None, case.A, case.Bt, torch.zeros_like(case.C), case.group)
+    rows = (case.C[case.group] == 0).all(1)
+    assert rows.any()
+    assert torch.equal(fused(case)[rows], fused(bare)[rows])
+
+
+def test_the_number_of_threads_does_not_matter() -> None:
+    case = mixed(60)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            results += [fused(case) for _ in range(5)]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_infinities_and_nans_of_the_input_stay_in_their_row() -> None:
+    case = mixed()
+    clean = fused(case)
+    case.x[0, 7], case.x[2, 9] = torch.nan, torch.inf
+    y = fused(case)
+    assert y[0].isnan().all()
+    assert not y[2].isfinite().any()
+    kept = [1, *range(3, 8)]
+    assert torch.equal(y[kept], clean[kept])
+
+
+def test_features_that_make_no_whole_tiles_take_the_other_path() -> None:
+    case = mixed(K=48)
+    plan = native.plan([(native.route(case.C, case.group), case.A, case.Bt)])
+    assert plan.fused is None
+    (y,) = plan.infer(case.x, [(case.weight, None)])
+    assert error(y, case.exact()) < TOLERANCE[torch.bfloat16]
+
+
+def test_deep_and_tall_products_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "DEEP", 96)
+    case = mixed(16)
+    plan = native.plan([(native.route(case.C, case.group), case.A, case.Bt)])
+    monkeypatch.setattr(plan.fused, "forward", lambda *_: pytest.fail("fused"))
+    (y,) = plan.infer(case.x, [(case.weight, None)])
+    assert error(y, case.exact()) < TOLERANCE[torch.bfloat16]
+
+
+def test_weights_that_are_no_matrices_in_memory() -> None:
+    case = mixed(4)
+    expected = fused(case)
+    case.weight, case.x = case.weight.T.contiguous().T, case.x.T.contiguous().T
+    assert torch.equal(fused(case), expected)
+
+
+def shared(M: int, K: int, Ns: list[int], ranks: list[int], spare: int = 0) -> tuple[Tensor, list[Case]]:
+    """x [M, K] and linears that read it under one group; `spare` arena rows of each are nobody's."""
+    cases = []
+    for i, (N, rank) in enumerate(zip(Ns, ranks, strict=True)):
+        case = build(tokens=[M], mixtures=[[0]], ranks=[rank], K=K, N=N, gap=spare, dtype=torch.bfloat16, seed=i)
+        case.x = case.x if not cases else cases[0].x
+        cases.append(case)
+    return cases[0].x, cases
+
+
+TRAINED = [(1, 32, [32], [1]), (33, 64, [96], [16]), (70, 96, [64, 32, 160], [16, 4, 40]), (1100, 32, [64, 64], [8, 8])]
+
+
+@pytest.mark.parametrize("spare", [0, 5])
+@pytest.mark.parametrize(("M", "K", "Ns", "ranks"), TRAINED)
+def test_gradients_against_fp64(M: int, K: int, Ns: list[int], ranks: list[int], spare: int) -> None:
+    x, cases = shared(M, K, Ns, ranks, spare)
+    dys = [torch.randn(M, N, generator=torch.Generator().manual_seed(9)).bfloat16() for N in Ns]
+    leaves = [x.requires_grad_(), *(t.requires_grad_() for case in cases for t in (case.A, case.Bt))]
+    plan = native.plan([(native.route(case.C, None), case.A, case.Bt) for case in cases])
+    assert plan.fused.trains
+    ys = plan(x, [(case.weight, None) for case in cases])
+    found = torch.autograd.grad(ys, leaves, dys)
+    exact = [t.detach().double().nan_to_num().requires_grad_() for t in leaves]
+    expected_ys = []
+    for i, case in enumerate(cases):
+        A, Bt = exact[1 + 2 * i], exact[2 + 2 * i]
+        expected_ys.append(exact[0] @ case.weight.double().T + ((exact[0] @ A.T) * case.C.double()) @ Bt)
+    expected = torch.autograd.grad(expected_ys, exact, [dy.double() for dy in dys])
+    for y, truth in zip((*ys, found[0]), (*expected_ys, expected[0]), strict=True):
+        near = ROUNDED_ONCE * truth.abs().clamp_min(1e-3 * truth.abs().max())
+        assert bool(((y.double() - truth).abs() <= near).all())
+    for gradient, truth in zip(found[1:], expected[1:], strict=True):  # S and Z are rounded before they are summed over
+        assert error(gradient, truth) < TOLERANCE[torch.bfloat16]
+
+
+def test_gradients_are_computed_for_what_wants_them() -> None:
+    x, (case,) = shared(40, 64, [96], [16])
+    for leaf in ((x,), (case.A,), (case.Bt,)):
+        for t in (x, case.A, case.Bt):
+            t.requires_grad_(t is leaf[0])
+        (y,) = native.plan([(native.route(case.C, None), case.A, case.Bt)])(x, [(case.weight, None)])
+        y.sum().backward()
+        assert leaf[0].grad is not None
+        for t in (x, case.A, case.Bt):
+            assert t is leaf[0] or t.grad is None
+            t.grad = None
+
+
+def test_gradients_do_not_depend_on_the_number_of_threads() -> None:
+    x, cases = shared(300, 64, [96, 32], [16, 8])
+    leaves = [x.requires_grad_(), *(t.requires_grad_() for case in cases for t in (case.A, case.Bt))]
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            plan = native.plan([(native.route(case.C, None), case.A, case.Bt) for case in cases])
+            ys = plan(x, [(case.weight, None) for case in cases])
+            results.append(torch.autograd.grad(sum(y.float().square().sum() for y in ys), leaves))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
