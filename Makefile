@@ -25,13 +25,15 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# a file's tests stay together, since they share what is slow to set up
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 bench: setup
 	$(BIN)/python -m benchmarks.multilora
 	$(BIN)/python -m benchmarks.train
 	$(BIN)/python -m benchmarks.compose
+	$(BIN)/python -m benchmarks.catalogue
 
 clean:
 	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache
