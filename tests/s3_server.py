@@ -49,8 +49,10 @@ class S3Server:
         self.reset()
 
     def reset(self) -> None:
-        """An empty bucket, no faults, no memory of requests."""
+        """An empty bucket, no faults, no memory of requests, and none that still arrives: one that its client gave up
+        would write into the next test's bucket."""
         self.fault = None
+        self._finish()
         self.demand_credentials(False)
         self._call("POST", "/moto-api/reset")
         self._call("PUT", f"/{BUCKET}")
@@ -63,6 +65,9 @@ class S3Server:
     def settle(self) -> None:
         """Wait until no request is being worked on: those of a client that was killed may be."""
         time.sleep(0.05)
+        self._finish()
+
+    def _finish(self) -> None:
         while self._active:
             time.sleep(0.01)
 

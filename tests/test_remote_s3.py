@@ -163,7 +163,7 @@ def test_a_push_without_check_reads_no_blob_back(server, hub):
 def test_a_silent_service_counts_as_gone_in_a_push_too(server, hub, monkeypatch):
     monkeypatch.setenv("HUBKIT_TRIES", "1")
     monkeypatch.setenv("HUBKIT_STALL_TIMEOUT", "0.5")
-    server.fault = only("PUT", "/refs/", lambda environ, start: time.sleep(3))
+    server.fault = only("PUT", "/refs/", lambda environ, start: time.sleep(3) or BUSY(environ, start))
     with pytest.raises(TransientError, match="Nothing came from"):
         hub.push("small", URL)
 
