@@ -30,7 +30,7 @@ SIZES = [
 
 WAYS = {
     "own": [],
-    "vectors": ["-DHUBKIT_BY_TILES=0"],
+    **({"vectors": ["-DHUBKIT_BY_TILES=0"]} if "amx_bf16" in builder._processor() else {}),
     "plain tiles": ["-DHUBKIT_PLAIN", "-DHUBKIT_BY_TILES=1"],
     "plain vectors": ["-DHUBKIT_PLAIN", "-DHUBKIT_BY_TILES=0"],
 }  # this processor's, and those of others
