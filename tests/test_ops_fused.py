@@ -1,4 +1,4 @@
-"""The fused CPU op: base product and deltas in one pass on tile registers or vectors, or on plain C++ in their stead."""
+"""The fused CPU op: base product and deltas in one pass, on tile registers or vectors, or on plain C++ instead."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ _library = cache(load)
 
 @cache
 def fuses() -> bool:
-    """Whether this process may use the tile registers of AMX, for bf16."""
+    """Whether base product and deltas of bf16 linears are computed in one pass: on AMX, or AVX-512 with bf16."""
     return bool(function("fused_allowed")())
 
 
