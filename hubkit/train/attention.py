@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from hubkit.lean.attention import OTHERWISE, attending_by
+from hubkit.ops.native import tree as native
 from hubkit.train.packing import Packing, current
 
 NAME = "hubkit_causal"
@@ -66,6 +67,24 @@ class CausalAttention(torch.autograd.Function):
         return *gradients, None, None
 
 
+class TreeAttention(torch.autograd.Function):
+    """The same of a packed batch, natively: nothing is spread out, shared rows are computed once, probabilities are
+    computed again in the backward pass. q [1, H, rows, D]; k, v [1, H / g, rows, D]. Returns [1, H, rows, D].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, packing: Packing) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.scale, ctx.tree = scale, packing.tree
+        return native.attend(packing.tree, q, k, v, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v = ctx.saved_tensors
+        return *native.gradient(ctx.tree, q, k, v, dout, ctx.scale), None, None
+
+
 def attend(
     module: Any,
     query: Tensor,
@@ -89,6 +108,8 @@ def attend(
     longest = packing.longest if packing else length
     if plain and length == key.shape[2] and longest <= LONGEST and query.device.type == "cpu":
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if packing is not None and native.attends(packing.tree, query, key, value):
+            return TreeAttention.apply(query, key, value, scale, packing).transpose(1, 2), None
         return CausalAttention.apply(query, key, value, scale, packing).transpose(1, 2), None
     if packing:
         raise NotImplementedError("this attention can't be computed on a packed batch")

@@ -29,6 +29,8 @@ def load() -> ctypes.CDLL | build.BuildError:
         "outer": (*[pointer] * 3, number, pointer, *[number] * 3),
         "philox": (pointer, number, number, ctypes.c_uint64),
         "rotate": (*[pointer] * 6, *[number] * 14),
+        "tree": (*[pointer] * 5, *[number] * 3, pointer, real, number),
+        "tree_gradient": (*[pointer] * 8, *[number] * 3, pointer, real, number),
     }
     try:
         found = ctypes.CDLL(str(build.library()))
