@@ -15,8 +15,6 @@ struct Strides { int64_t b, h, t; };  // in elements
 
 struct Shape { int64_t B, H, groups, length, D; };  // query heads, heads of keys and values, keys, features
 
-int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
-
 float* scratch(int64_t floats) {
     thread_local std::vector<float> buffer;
     if (int64_t(buffer.size()) < floats) buffer.resize(floats);
@@ -67,24 +65,6 @@ Vec dots(const float* q, const float* keys, int64_t width) {
     for (int n = LANES; n > 1; n /= 2)
         for (int j = 0; j < n / 2; j++) products[j] = pairs(products[2 * j], products[2 * j + 1]);
     return products[0];
-}
-
-// scores [length], a multiple of LANES, to what is proportional to probabilities; returns their sum
-float softmax(float* scores, int64_t length) {
-    Vec largest = load(scores), total = {};
-    for (int64_t t = LANES; t < length; t += LANES) {
-        Vec more = load(scores + t);
-        largest = more > largest ? more : largest;
-    }
-    float top = largest[0];
-    for (int i = 1; i < LANES; i++) top = std::max(top, largest[i]);
-    for (int64_t t = 0; t < length; t += LANES) {
-        Vec below = load(scores + t) - top;
-        Vec weight = below < -80.0f ? Vec{} : exponential(below);  // smaller ones end as denormals, which are slow
-        store(scores + t, weight);
-        total += weight;
-    }
-    return sum(total);
 }
 
 // sums [width] += weights [n] by rows [n, width]

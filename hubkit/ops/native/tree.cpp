@@ -28,8 +28,6 @@ struct Tree {
 
 struct Shape { int64_t heads, groups, D; };
 
-int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
-
 // ---- products ------------------------------------------------------------------------------------------------
 
 struct Operand {  // element (m, k) of the left operand is at[m * row + k * column]
@@ -118,27 +116,13 @@ struct Task {
         int64_t columns = padded(seen + first + count);
         std::fill(scores, scores + count * wide, 0.0f);
         multiply({q, width, 1}, count, kt, wide, D, scores, wide, columns);
-        for (int64_t i = 0; i < count; i++) softmax(scores + i * wide, seen + first + i + 1, columns);
+        for (int64_t i = 0; i < count; i++) {
+            float* at = scores + i * wide;
+            for (int64_t j = seen + first + i + 1; j < columns; j++) at[j] = -INFINITY;
+            float whole = 1.0f / softmax(at, columns);
+            for (int64_t j = 0; j < columns; j += LANES) store(at + j, load(at + j) * whole);
+        }
         return columns;
-    }
-
-    static void softmax(float* at, int64_t visible, int64_t columns) {
-        for (int64_t j = visible; j < columns; j++) at[j] = -INFINITY;
-        Vec largest = load(at), total = {};
-        for (int64_t j = LANES; j < columns; j += LANES) {
-            Vec more = load(at + j);
-            largest = more > largest ? more : largest;
-        }
-        float top = largest[0];
-        for (int i = 1; i < LANES; i++) top = std::max(top, largest[i]);
-        for (int64_t j = 0; j < columns; j += LANES) {
-            Vec below = load(at + j) - top;
-            Vec weight = below < -80.0f ? Vec{} : exponential(below);  // smaller ones end as denormals, which are slow
-            store(at + j, weight);
-            total += weight;
-        }
-        float whole = 1.0f / sum(total);
-        for (int64_t j = 0; j < columns; j += LANES) store(at + j, load(at + j) * whole);
     }
 };
 

@@ -1,6 +1,7 @@
-// A vector register of floats, what is loaded into it and stored from it (fp32, bf16, fp16), and e^x of it.
+// A vector register of floats, what is loaded into it and stored from it (fp32, bf16, fp16), e^x and softmax.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #if defined(__F16C__)
@@ -123,6 +124,26 @@ Vec exponential(Vec x) {
     p = p * r * r + r + 1.0f;
     Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
     return p * as<Vec>(power);
+}
+
+int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }  // to whole vectors
+
+// scores [length], a multiple of LANES, to what is proportional to probabilities; returns their sum
+float softmax(float* scores, int64_t length) {
+    Vec largest = load(scores), total = {};
+    for (int64_t t = LANES; t < length; t += LANES) {
+        Vec more = load(scores + t);
+        largest = more > largest ? more : largest;
+    }
+    float top = largest[0];
+    for (int i = 1; i < LANES; i++) top = std::max(top, largest[i]);
+    for (int64_t t = 0; t < length; t += LANES) {
+        Vec below = load(scores + t) - top;
+        Vec weight = below < -80.0f ? Vec{} : exponential(below);  // smaller ones end as denormals, which are slow
+        store(scores + t, weight);
+        total += weight;
+    }
+    return sum(total);
 }
 
 }  // namespace
