@@ -142,7 +142,7 @@ def test_a_process_that_stops_early_exits() -> None:
         [sys.executable, "-W", "ignore", "-c", EARLY_END],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=True,
     )
     assert ended.stdout.strip() == "done"

@@ -225,7 +225,7 @@ def _read(home: Path, source: Path, number: int, done: Event) -> None:
                 reads += 1
 
 
-@pytest.mark.parametrize("grace", [0, 30])
+@pytest.mark.parametrize("grace", [0, 600])
 def test_gc_beside_writers_and_readers(tmp_path, grace):
     """Real processes write and, where there is a grace period, read, while gc runs without a pause."""
     home, source = tmp_path / "home", tmp_path / "source"

@@ -202,7 +202,11 @@ from pathlib import Path
 from tests.test_train import EXAMPLES, LONG, tiny
 from hubkit.train import train
 torch.set_num_threads(1)
-train(tiny(), [EXAMPLES], LONG, workdir=Path(sys.argv[1]), progress=lambda now: print(now.step, flush=True))
+def progress(now):
+    print(now.step, flush=True)
+    if now.step == 60:
+        sys.stdin.readline()  # for ever: whoever is to kill it may be late
+train(tiny(), [EXAMPLES], LONG, workdir=Path(sys.argv[1]), progress=progress)
 """
 
 
@@ -210,6 +214,7 @@ def test_a_run_killed_with_sigkill_resumes_to_bit_equal_losses(tmp_path: Path) -
     victim = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(tmp_path)],
         cwd=Path(__file__).parents[1],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -219,7 +224,7 @@ def test_a_run_killed_with_sigkill_resumes_to_bit_equal_losses(tmp_path: Path) -
         if int(line) >= 40:
             victim.send_signal(signal.SIGKILL)
             break
-    assert victim.wait(60) == -signal.SIGKILL, victim.stderr and victim.stderr.read()
+    assert victim.wait(300) == -signal.SIGKILL, victim.stderr and victim.stderr.read()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
