@@ -33,6 +33,7 @@ from hubkit.adapter import Adapter, LowRank
 from hubkit.base import load_base
 from hubkit.lean import lean
 from hubkit.lean.attention import one_token_attention
+from hubkit.lean.cache import roomy
 from hubkit.lora.runtime import LoraRuntime
 
 Forward = Callable[..., Any]
@@ -83,8 +84,8 @@ def prefill(forward: Forward, ids: Tensor) -> Callable[[], None]:
     return lambda: forward(ids)
 
 
-def decode(forward: Forward, ids: Tensor) -> Callable[[], None]:
-    cache = forward(ids).past_key_values
+def decode(forward: Forward, ids: Tensor, *, grow: Callable[[Any], Any] = lambda cache: cache) -> Callable[[], None]:
+    cache = grow(forward(ids).past_key_values)
 
     def step() -> None:
         forward(ids[:, -1:], past_key_values=cache)
@@ -141,7 +142,10 @@ def measure(model: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
         for case, build in {"decode": decode, f"prefill {options.tokens}": prefill}.items():
             if options.only and not case.startswith(options.only):
                 continue
-            ms = medians({name: build(forward, ids) for name, forward in forwards.items()}, options.seconds)
+            sides = {name: build(forward, ids) for name, forward in forwards.items()}
+            if case == "decode":
+                sides["lean"] = decode(forwards["lean"], ids, grow=roomy)
+            ms = medians(sides, options.seconds)
             rows.append(row(case, ms) | {"max_error_vs_peft": agreement})
     return rows
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from hubkit.base import Base
 from hubkit.lean import lean
 from hubkit.lean.attention import one_token_attention
+from hubkit.lean.cache import roomy
 from hubkit.likelihood import head_at
 from hubkit.prefix import Prefix
 
@@ -97,7 +98,7 @@ def _continue(
             "input_ids": tokens[keep, None],
             "attention_mask": torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1),
             "position_ids": inputs["position_ids"][keep, -1:] + 1,
-            "past_key_values": out.past_key_values,
+            "past_key_values": out.past_key_values if step else roomy(out.past_key_values),
         }
     return written
 

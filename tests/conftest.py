@@ -1,4 +1,5 @@
-"""What holds for every test: no network, and threads that do not spin for long, so that tests can share cores."""
+"""What holds for every test: no network, threads that do not spin for long, so that tests can share cores, and the same
+examples of hypothesis everywhere (others every time: `pytest --hypothesis-profile=default`)."""
 
 import os
 
@@ -10,6 +11,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # triton 3.10 changes its default
 
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+
+settings.register_profile("alike", derandomize=True)
+settings.load_profile("alike")

@@ -96,7 +96,18 @@ def test_show_tag_rm_gc_verify(shell):
     assert shell.json("rm", "uno:v1")["digest"] == shown["digest"]
     assert shell("show", "uno:v1")[0] == 3
     assert shell.json("gc", "--dry-run")["dry_run"] is True
+    assert "in the last 60 minutes stays; --grace 0" in shell("gc")[1]
+    assert "stays" not in shell("gc", "--grace", 0)[1]
     assert shell.json("verify")["problems"] == []
+
+
+@pytest.mark.parametrize("command", [("list",), ("show", "x"), ("verify",), ("gc",), ("rm", "x")])
+def test_a_home_that_is_no_folder_is_named(shell, monkeypatch, tmp_path, command):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HUBKIT_HOME", str(tmp_path / "file"))
+    code, _, said = shell(*command)
+    assert code == 1
+    assert f"{tmp_path / 'file'} is no folder." in said
 
 
 def test_train_has_its_schema(shell, world):

@@ -294,7 +294,7 @@ def test_gradients_equal_those_of_a_plain_merge(base: Base, runtime: LoraRuntime
         )
         np.testing.assert_allclose(gradient, torch.autograd.grad(value, learned)[0], rtol=1e-4, atol=1e-6)
     population._room = 1
-    np.testing.assert_allclose(population.gradients(WEIGHTS, objectives), found, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(population.gradients(WEIGHTS, objectives), found, rtol=1e-4, atol=1e-6)
     assert [p.requires_grad for p in base.model.parameters()] == wanting
     naively = [naive(base, adapters, encoded, "delta", weights) for weights in WEIGHTS]
     np.testing.assert_allclose(population.losses(WEIGHTS).tokens, naively, rtol=1e-4, atol=1e-5)

@@ -1,8 +1,6 @@
-"""The fused CPU op: base product and deltas in one pass on tile registers, or on their plain C++ stand-in."""
+"""The fused CPU op: base product and deltas in one pass, on tile registers or vectors, or on plain C++ instead."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -30,24 +28,37 @@ SIZES = [
 ]
 
 
+WAYS = {
+    "own": [],
+    **({"vectors": ["-DHUBKIT_BY_TILES=0"]} if "amx_bf16" in builder._processor() else {}),
+    "plain tiles": ["-DHUBKIT_PLAIN", "-DHUBKIT_BY_TILES=1"],
+    "plain vectors": ["-DHUBKIT_PLAIN", "-DHUBKIT_BY_TILES=0"],
+}  # this processor's, and those of others
+
+
 @pytest.fixture(scope="module")
-def plain_tiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("plain")))
-        patch.setattr(builder, "FLAGS", [*builder.FLAGS, "-DHUBKIT_PLAIN_TILES"])
-        yield library.load()
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, builder.BuildError | object]:
+    found: dict[str, builder.BuildError | object] = {}
+    for way, flags in WAYS.items():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("native")))
+            patch.setattr(builder, "FLAGS", [*builder.FLAGS, *flags])
+            found[way] = library.load() if flags else library._library()
+    return found
 
 
-@pytest.fixture(params=["tiles", "plain"], autouse=True)
-def tiles(
-    request: pytest.FixtureRequest, plain_tiles: builder.BuildError | object, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture(params=WAYS, autouse=True)
+def way(
+    request: pytest.FixtureRequest,
+    libraries: dict[str, builder.BuildError | object],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> str:
-    if request.param == "plain":
-        assert not isinstance(plain_tiles, builder.BuildError), plain_tiles
-        monkeypatch.setattr(library, "_library", lambda: plain_tiles)
-        monkeypatch.setattr(library, "fuses", lambda: True)
-    elif not library.fuses():
-        pytest.skip("this processor has no AMX for bf16")
+    found = libraries[request.param]
+    assert not isinstance(found, builder.BuildError), found
+    if "plain" not in request.param and not found.hubkit_fused_allowed():  # type: ignore[attr-defined]
+        pytest.skip("this processor has neither AMX nor AVX-512 for bf16")
+    monkeypatch.setattr(library, "_library", lambda: found)
+    monkeypatch.setattr(library, "fuses", lambda: True)
     return request.param
 
 

@@ -391,10 +391,19 @@ def test_the_split_holds_out_a_share() -> None:
     assert split(encoded, 0.25, seed=4)[1] != held
 
 
+@pytest.mark.parametrize("more", [0, 300])
+@pytest.mark.parametrize("natively", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "t5"])
-def test_packed_batches_have_the_losses_and_gradients_of_padded_ones(kind: str) -> None:
+def test_packed_batches_have_the_losses_and_gradients_of_padded_ones(
+    kind: str, natively: bool, more: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not natively:
+        monkeypatch.setattr("hubkit.train.attention.unavailable", lambda: "by this test")
+        monkeypatch.setattr("hubkit.train.attention.native.attends", lambda *_: False)
     run = start(tiny(kind), QUICK)
-    some = [run.examples[i] for i in (0, 5, 7, 13, 5)]
+    beginning = tuple(3 + i % 20 for i in range(more))
+    chosen = [run.examples[i] for i in (0, 5, 7, 13, 5)]
+    some = [replace(e, prompt=beginning + e.prompt) for e in chosen]
     sequences = {(*e.prompt, *e.target) for e in some}
     assert len({s[:2] for s in sequences}) < len(sequences) == 4, "nothing is shared"
     with torch.no_grad():
@@ -412,9 +421,10 @@ def test_packed_batches_have_the_losses_and_gradients_of_padded_ones(kind: str) 
 
     with frozen(run.base.model):
         packed = step()
-        assert run.history.packs is (kind == "llama")
+        assert run.history.packs is (kind == "llama" and (natively or not more))
         run.history.packs = False
-        torch.testing.assert_close(step(), packed, rtol=1e-4, atol=1e-5)
+        for padded, ours in zip(step(), packed, strict=True):
+            assert float((padded - ours).abs().max()) < 1e-4 * float(ours.abs().max())
         assert packed[1].abs().max() > 1e-3
 
 

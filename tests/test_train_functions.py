@@ -17,7 +17,8 @@ from hubkit.lean.rotary import Rotary, lean_rotary, rotated
 from hubkit.lora.runtime import LoraRuntime
 from hubkit.ops import native
 from hubkit.ops.native import library, rows
-from hubkit.train.attention import CausalAttention
+from hubkit.ops.native import tree as tree_native
+from hubkit.train.attention import CausalAttention, TreeAttention
 from hubkit.train.packing import Packing
 from tests.test_train import tiny
 
@@ -79,7 +80,70 @@ def test_the_autograd_functions_are_right() -> None:
     assert torch.autograd.gradcheck(Gate.apply, (q, _random(2, 6, 5, 4, seed=7)))
 
 
-@pytest.mark.skipif(bool(native.unavailable()), reason=native.unavailable() or "-")
+def _sequences(*lengths: int) -> list[tuple[int, ...]]:
+    """Some of which begin alike."""
+    draw = torch.Generator().manual_seed(0)
+    return [tuple(torch.randint(0, 2, (length,), generator=draw).tolist()) for length in lengths]
+
+
+def _attended(function: type, packing: Packing, sizes: tuple[int, int, int], dtype: torch.dtype) -> list[torch.Tensor]:
+    """y, dq, dk and dv of numbers that depend on the sizes alone."""
+    heads, groups, D = sizes
+    *qkv, dy = (
+        _random(1, packing.rows, n, D, seed=seed).detach().to(torch.bfloat16).to(dtype).transpose(1, 2)
+        for seed, n in enumerate((heads, groups, groups, heads))
+    )
+    leaves = [t.requires_grad_() for t in qkv]
+    y = function.apply(*leaves, 0.3, packing)
+    return [y, *torch.autograd.grad(y, leaves, dy)]
+
+
+needs_native = pytest.mark.skipif(bool(native.unavailable()), reason=native.unavailable() or "-")
+
+
+@needs_native
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (6, 2, 20), (9, 3, 64), (4, 4, 33)], ids=str)
+@pytest.mark.parametrize("lengths", [None, (1,), (40, 3, 40, 17, 16), (300, 250)], ids=str)
+@pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
+def test_attention_over_a_tree_against_fp64(
+    dtype: torch.dtype, lengths: tuple[int, ...] | None, sizes: tuple[int, int, int], share: bool
+) -> None:
+    packing = Packing(_sequences(*lengths) if lengths else ALIKE, share=share)
+    found = _attended(TreeAttention, packing, sizes, dtype)
+    exact = _attended(CausalAttention, packing, sizes, torch.float64)
+    near = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    for ours, truth in zip(found, exact, strict=True):
+        assert ours.shape == truth.shape
+        assert float((ours.double() - truth).abs().max()) < near * float(truth.abs().max().clamp_min(1))
+
+
+@needs_native
+def test_attention_over_a_tree_is_the_same_for_any_number_of_threads() -> None:
+    packing, threads = Packing(_sequences(*range(5, 60, 3))), torch.get_num_threads()
+    runs = []
+    try:
+        for count in (1, 2, 3, 2):
+            torch.set_num_threads(count)
+            runs.append(_attended(TreeAttention, packing, (6, 2, 20), torch.bfloat16))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+
+
+@needs_native
+def test_what_attention_over_a_tree_does_not_compute() -> None:
+    tree = Packing(ALIKE).tree
+    q, k = torch.randn(1, 4, tree.rows, 8), torch.randn(1, 2, tree.rows, 8)
+    assert tree_native.attends(tree, q, k, k)
+    assert not tree_native.attends(tree, q.double(), k.double(), k.double())
+    assert not tree_native.attends(tree, q[:, :3], k, k)
+    assert not tree_native.attends(tree, q, k[:, :, 1:], k[:, :, 1:])
+    assert not tree_native.attends(tree, q.expand(2, -1, -1, -1), k, k)
+    assert not tree_native.attends(tree, q.mT.contiguous().mT, k, k)
+
+
+@needs_native
 @pytest.mark.parametrize("width", [3, 7, 8, 577, 5000])
 @pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
 def test_native_gates_and_norms_against_fp64(dtype: torch.dtype, width: int) -> None:
@@ -102,7 +166,8 @@ def test_native_gates_and_norms_against_fp64(dtype: torch.dtype, width: int) -> 
             torch.autograd.grad(y, ours[:n], d), torch.autograd.grad(expected, exact[:n], d.double()), strict=True
         )
         for found, truth in pairs:
-            assert float((found.detach().double() - truth).abs().max()) < near * float(truth.abs().max().clamp_min(1))
+            found, truth = found.detach().double(), truth.detach()
+            assert float((found - truth).abs().max()) < near * float(truth.abs().max().clamp_min(1))
 
 
 def test_extremes_of_the_gate() -> None:

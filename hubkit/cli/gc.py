@@ -37,10 +37,10 @@ def gc(
     hub = Hub()
     shipped = {entry.digest for entry in hub.index.entries()}
     report = hub.store.gc(grace, dry_run=dry_run, elsewhere=shipped)
-    Output(format).result(report.to_json(), lambda: _print(report))
+    Output(format).result(report.to_json(), lambda: _print(report, grace))
 
 
-def _print(report: Any) -> None:
+def _print(report: Any, grace: float) -> None:
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     for path, size in zip(report.removed, report.sizes, strict=True):
@@ -57,3 +57,5 @@ def _print(report: Any) -> None:
         table(("what", "objects", "size"), rows, right="objects size")
     verb = "would free" if report.dry_run else "freed"
     print(f"{verb} {len(report.removed)} objects, {megabytes(report.bytes)}")
+    if grace and not report.removed:
+        print(f"What was written or let go of in the last {grace / 60:g} minutes stays; --grace 0 takes it, too.")

@@ -207,6 +207,8 @@ class Store:
         return self.views.path(digest)
 
     def _check_format(self) -> None:
+        if self.home.exists() and not self.home.is_dir():
+            raise HubkitError(f"{self.home} is no folder.", "Set HUBKIT_HOME to one.")
         try:
             found = strict_json.parse(files.read_bytes(self.home / "format.json"))
         except FileNotFoundError:

@@ -2,8 +2,8 @@
 
 torch's flash attention for the CPU spends most of its backward pass on overhead when sequences are short: for
 16 rows of 16 tokens it takes ten times, at 128 tokens three times, as long as the batched products written
-out here, and as long at 256. So shorter batches take this path, and everything else goes to transformers'
-SDPA.
+out here, and as long at 256. So shorter batches take this path; packed ones go through the native library, where
+there is one, whatever their length; and everything else goes to transformers' SDPA.
 """
 
 from __future__ import annotations
@@ -19,10 +19,17 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from hubkit.lean.attention import OTHERWISE, attending_by
+from hubkit.ops.native import tree as native
+from hubkit.ops.native.library import DTYPES, unavailable
 from hubkit.train.packing import Packing, current
 
 NAME = "hubkit_causal"
 LONGEST = 192  # tokens; from here on flash attention is as fast, and saves the [T, T] probabilities
+
+
+def reaches(longest: int, dtype: torch.dtype) -> bool:
+    """Whether a packed batch whose longest sequence is that long can be attended to, and is not slower than padded."""
+    return longest <= LONGEST or (dtype in DTYPES and not unavailable())
 
 
 class CausalAttention(torch.autograd.Function):
@@ -66,6 +73,24 @@ class CausalAttention(torch.autograd.Function):
         return *gradients, None, None
 
 
+class TreeAttention(torch.autograd.Function):
+    """The same of a packed batch, natively: nothing is spread out, shared rows are computed once, probabilities are
+    computed again in the backward pass. q [1, H, rows, D]; k, v [1, H / g, rows, D]. Returns [1, H, rows, D].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, packing: Packing) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.scale, ctx.tree = scale, packing.tree
+        return native.attend(packing.tree, q, k, v, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v = ctx.saved_tensors
+        return *native.gradient(ctx.tree, q, k, v, dout, ctx.scale), None, None
+
+
 def attend(
     module: Any,
     query: Tensor,
@@ -86,10 +111,12 @@ def attend(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     special = dropout or any(rest.get(name) is not None for name in OTHERWISE)
     plain = causal and attention_mask is None and not special
-    longest = packing.longest if packing else length
-    if plain and length == key.shape[2] and longest <= LONGEST and query.device.type == "cpu":
+    if plain and length == key.shape[2] and query.device.type == "cpu":
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return CausalAttention.apply(query, key, value, scale, packing).transpose(1, 2), None
+        if packing is not None and native.attends(packing.tree, query, key, value):
+            return TreeAttention.apply(query, key, value, scale, packing).transpose(1, 2), None
+        if (packing.longest if packing else length) <= LONGEST:
+            return CausalAttention.apply(query, key, value, scale, packing).transpose(1, 2), None
     if packing:
         raise NotImplementedError("this attention can't be computed on a packed batch")
     rest |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hubkit.likelihood import Batch
+from hubkit.ops.native.tree import Tree
 from hubkit.prompt import Encoded
 
 
@@ -47,6 +48,7 @@ class Packing:
         self._example = torch.repeat_interleave(torch.arange(self.examples), torch.tensor([len(s) for s in sequences]))
         self._position = torch.cat([torch.arange(len(s)) for s in sequences])
         self._at = cache(self._find_rows)  # every layer asks the same
+        self.tree = Tree(self.places)
 
     @property
     def position_ids(self) -> Tensor:

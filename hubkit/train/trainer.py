@@ -19,7 +19,7 @@ from hubkit.likelihood import Batch, collate, frozen_parameters, token_losses
 from hubkit.prompt import Encoded, Template
 from hubkit.task import Example
 from hubkit.train import checkpoint, methods
-from hubkit.train.attention import LONGEST, NAME, short_attention
+from hubkit.train.attention import NAME, reaches, short_attention
 from hubkit.train.data import Plan, by_length, encode_all, length, pieces, split
 from hubkit.train.packing import pack, packed
 from hubkit.train.recipe import ALL_LINEAR, Recipe
@@ -212,7 +212,7 @@ class Run:
         once, where the model can."""
         if self.history.packs is None:
             self.history.packs = self.try_packing(encoded)
-        if self.history.packs and max(map(length, encoded)) <= LONGEST:
+        if self.history.packs and reaches(max(map(length, encoded)), self.base.dtype):
             # dropout draws for rows, and two examples on one row would be dropped alike
             batch, packing = pack(encoded, share=not self.recipe.dropout)
             with packed(packing):
@@ -226,7 +226,7 @@ class Run:
         model = self.base.model
         if self.base.seq2seq or model.config._attn_implementation != NAME or self.base.device.type != "cpu":
             return False
-        few = [e for e in encoded if length(e) <= LONGEST][:4]
+        few = [e for e in encoded if reaches(length(e), self.base.dtype)][:4]
         if len(few) < 2:
             return False
         batch, packing = pack(few)

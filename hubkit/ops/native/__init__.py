@@ -1,5 +1,5 @@
 """The multi-LoRA linear on a CPU, natively, one call for all linears that read the same input: base products and
-deltas in bf16 on AMX (fused.cpp), elsewhere the deltas after torch's base products (delta.cpp).
+deltas in bf16 on AMX or AVX-512 (fused.cpp), elsewhere the deltas after torch's base products (delta.cpp).
 
 What torch alone cannot do (docs/kernel.md): run the many small products of a batch of adapters without 20 µs
 of overhead each, and without multiplying rows by adapters that are not theirs. Gradients that are not fused, devices

@@ -17,8 +17,8 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SOURCES = tuple(HERE / f"{name}.cpp" for name in ("attend", "delta", "fused", "outer", "philox", "rows"))
-HEADERS = tuple(HERE / f"{name}.h" for name in ("route", "tile", "vector"))
+SOURCES = tuple(HERE / f"{name}.cpp" for name in ("attend", "delta", "fused", "outer", "philox", "rows", "tree"))
+HEADERS = tuple(sorted(HERE.glob("*.h")))
 FLAGS = "-std=c++17 -O3 -march=native -fPIC -fopenmp -fvisibility=hidden".split()
 LIBRARY = "hubkit.so"
 SECONDS = 120

@@ -1,5 +1,5 @@
-"""Base products and deltas of bf16 linears in one pass, forward and backward, on the tile registers of AMX (fused.cpp,
-outer.cpp)."""
+"""Base products and deltas of bf16 linears in one pass, forward and backward, on tile registers of AMX or vectors of
+AVX-512 (fused.cpp, outer.cpp)."""
 
 from __future__ import annotations
 

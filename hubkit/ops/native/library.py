@@ -29,6 +29,8 @@ def load() -> ctypes.CDLL | build.BuildError:
         "outer": (*[pointer] * 3, number, pointer, *[number] * 3),
         "philox": (pointer, number, number, ctypes.c_uint64),
         "rotate": (*[pointer] * 6, *[number] * 14),
+        "tree": (*[pointer] * 5, *[number] * 3, pointer, real, number),
+        "tree_gradient": (*[pointer] * 8, *[number] * 3, pointer, real, number),
     }
     try:
         found = ctypes.CDLL(str(build.library()))
@@ -48,7 +50,7 @@ _library = cache(load)
 
 @cache
 def fuses() -> bool:
-    """Whether this process may use the tile registers of AMX, for bf16."""
+    """Whether base product and deltas of bf16 linears are computed in one pass: on AMX, or AVX-512 with bf16."""
     return bool(function("fused_allowed")())
 
 

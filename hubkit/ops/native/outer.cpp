@@ -1,4 +1,4 @@
-// Sums over batch rows in bf16 on AMX: out = S^T x, [ranks, columns], which is what the gradients of an adapter's
+// Sums over batch rows in bf16 on AMX or AVX-512: out = S^T x, [ranks, columns], which is what the gradients of an adapter's
 // factors are. For several S over the same x, rows of which are paired up once.
 //
 // Every element is one chain of additions in the order of the rows, whatever the number of threads.
@@ -7,16 +7,20 @@
 #include <cstdint>
 #include <vector>
 
+#include "arrange.h"
+#if HUBKIT_BY_TILES
 #include "tile.h"
+#else
+#include "block.h"
+#endif
 
 namespace {
 
 using tile::bf16, tile::BF16S, tile::DEPTH, tile::FLOATS, tile::SIDE;
 
-// S^T [16, padded] times the paired rows of 32 columns, to 16 rows of `out`.
-void columns(const bf16* S, int64_t padded, const bf16* zipped, bf16* out, int64_t stride, int64_t count,
-             int64_t width) {
-    alignas(64) float sums[2 * FLOATS];
+// S^T [16, padded] times the paired rows of 32 columns: sums [2, 16, 16].
+void multiply(const bf16* S, int64_t padded, const bf16* zipped, float* sums) {
+#if HUBKIT_BY_TILES
     tile::zero<0>(), tile::zero<1>();
     for (int64_t m = 0; m < padded; m += DEPTH) {
         tile::load<4>(S + m, 2 * padded);
@@ -26,6 +30,18 @@ void columns(const bf16* S, int64_t padded, const bf16* zipped, bf16* out, int64
         tile::dot<1, 4, 7>();
     }
     tile::store<0>(sums), tile::store<1>(sums + FLOATS);
+#else
+    std::memset(sums, 0, 2 * FLOATS * sizeof *sums);
+    for (int j = 0; j < SIDE; j += block::ROWS)
+        block::multiply<2>({S + j * padded, padded, DEPTH, 0}, {zipped, 2 * BF16S, BF16S}, padded, sums + j * SIDE, 1);
+#endif
+}
+
+// The same to `count` of 16 rows of `out`, `width` columns of them.
+void columns(const bf16* S, int64_t padded, const bf16* zipped, bf16* out, int64_t stride, int64_t count,
+             int64_t width) {
+    alignas(64) float sums[2 * FLOATS];
+    multiply(S, padded, zipped, sums);
     for (int64_t j = 0; j < count; j++)
         for (int64_t n = 0; n < width; n += SIDE) {
             bf16 row[SIDE];
@@ -44,7 +60,9 @@ extern "C" __attribute__((visibility("default"))) void hubkit_outer(
 #pragma omp parallel
     {
         thread_local std::vector<bf16> room;
+        #if HUBKIT_BY_TILES
         [[maybe_unused]] tile::Registers registers;
+#endif
         room.resize(padded * DEPTH + DEPTH);
         bf16* zipped = (bf16*)((uintptr_t(room.data()) + 63) / 64 * 64);
 #pragma omp for schedule(dynamic)

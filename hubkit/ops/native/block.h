@@ -1,0 +1,114 @@
+// Products of bf16 numbers in pairs on vectors of AVX-512, or on what the compiler makes of them: for tests elsewhere.
+#pragma once
+
+#include "arrange.h"
+
+namespace block {
+
+using tile::bf16, tile::DEPTH, tile::FLOATS, tile::SIDE;
+
+using Floats = float __attribute__((vector_size(64)));
+using Pairs = uint32_t __attribute__((vector_size(64)));
+
+constexpr int ROWS = 8;  // of the left operand: two vectors beside each of them leave registers for what is loaded
+
+template <class V> V read(const void* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+// sum + a[odd] b[odd] + a[even] b[even], each pair's own
+inline Floats dot(Floats sum, Pairs a, Pairs b) {
+#if HUBKIT_AVX512
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+    sum += (Floats)(a & 0xffff0000) * (Floats)(b & 0xffff0000);
+    return sum + (Floats)(a << 16) * (Floats)(b << 16);
+#endif
+}
+
+// Eight rows of bf16 `stride` apart; `step` from 32 numbers to the next 32.
+struct Left {
+    const bf16* at;
+    int64_t stride, step;
+    int64_t ahead;  // what is to be fetched meanwhile; 0: nothing
+};
+
+// Tiles of pairs [16, 16, 2], `step` from one to the next, beside each other `apart`.
+struct Right {
+    const bf16* at;
+    int64_t step, apart;
+};
+
+// sums [RIGHT, 8, 16], the first `FLOATS * spread` apart, += left times right over `depth` numbers.
+template <int RIGHT> void multiply(const Left& left, const Right& right, int64_t depth, float* sums, int64_t spread) {
+    Floats held[RIGHT][ROWS];
+    for (int r = 0; r < RIGHT; r++)
+        for (int i = 0; i < ROWS; i++) held[r][i] = read<Floats>(sums + r * spread * FLOATS + i * SIDE);
+    const bf16 *a = left.at, *b = right.at;
+    for (int64_t k = 0; k < depth; k += DEPTH, a += left.step, b += right.step) {
+        if (left.ahead)
+            for (int i = 0; i < ROWS; i++) __builtin_prefetch(a + left.ahead + i * left.stride);
+        for (int p = 0; p < SIDE; p++) {
+            Pairs pairs[RIGHT];
+            for (int r = 0; r < RIGHT; r++) pairs[r] = read<Pairs>(b + r * right.apart + p * DEPTH);
+            for (int i = 0; i < ROWS; i++) {
+                Pairs both = Pairs{} + read<uint32_t>(a + i * left.stride + 2 * p);
+                for (int r = 0; r < RIGHT; r++) held[r][i] = dot(held[r][i], both, pairs[r]);
+            }
+        }
+    }
+    for (int r = 0; r < RIGHT; r++)
+        for (int i = 0; i < ROWS; i++) std::memcpy(sums + r * spread * FLOATS + i * SIDE, &held[r][i], sizeof(Floats));
+}
+
+// 16 x 16 numbers, rows to columns.
+inline void transpose(Floats v[SIDE]) {
+#if HUBKIT_AVX512
+    tile::transpose((__m512i*)v);
+#else
+    for (int i = 0; i < SIDE; i++)
+        for (int j = 0; j < i; j++) {
+            float held = v[i][j];
+            v[i][j] = v[j][i], v[j][i] = held;
+        }
+#endif
+}
+
+// The sum of each of 16 vectors.
+inline Floats sums(Floats v[SIDE]) {
+    transpose(v);
+    for (int width = SIDE / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) v[i] += v[i + width];
+    return v[0];
+}
+
+#if HUBKIT_AVX512
+inline __mmask16 first(int64_t count) { return count > 0 ? (1 << count) - 1 : 0; }
+#endif
+
+// 16 numbers, those from `count` on zero.
+inline Floats widen(const bf16* p, int64_t count) {
+#if HUBKIT_AVX512
+    __m256i v = count >= SIDE ? read<__m256i>(p) : _mm256_maskz_loadu_epi16(first(count), p);
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16);
+#else
+    Floats v{};
+    for (int i = 0; i < SIDE && i < count; i++) v[i] = tile::widen(p[i]);
+    return v;
+#endif
+}
+
+// The first `count` of 16 numbers, rounded.
+inline void narrow(Floats v, bf16* to, int64_t count) {
+#if HUBKIT_AVX512
+    __m256i rounded = (__m256i)_mm512_cvtneps_pbh((__m512)v);
+    if (count >= SIDE) std::memcpy(to, &rounded, sizeof rounded);
+    else _mm256_mask_storeu_epi16(to, first(count), rounded);
+#else
+    for (int i = 0; i < SIDE && i < count; i++) to[i] = tile::narrow(v[i]);
+#endif
+}
+
+}  // namespace block

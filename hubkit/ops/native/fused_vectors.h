@@ -1,0 +1,160 @@
+// Shrink, base product and expand of a fused call on vectors. Included by fused.cpp alone.
+//
+// A tile of batch rows that several groups share would be multiplied by the factors of each. So S is computed for a
+// group's own rows alone, along features, and expanded in fp32 into rows of y that the base product's sums were turned
+// into.
+#pragma once
+
+#include "block.h"
+#include "fused.h"
+
+namespace {
+
+using block::Floats, block::Pairs, block::read;
+
+inline bool allowed() { return HUBKIT_AVX512; }
+struct Registers {};
+
+constexpr int TOGETHER = 8;     // rows of y that are expanded together
+constexpr int64_t CHUNK = 384;  // features of x that stay in the L1 cache for a panel, of two tiles of rows
+
+// A thread's own room.
+struct Desk {
+    std::vector<bf16> weight_room;
+    alignas(64) float sums[4 * FLOATS];
+    alignas(64) float rows[SIDE * PANEL];
+};
+
+// The batch rows of a piece, numbered within their tile.
+struct Mine {
+    int rows[SIDE], count = 0;
+    explicit Mine(uint16_t mask) {
+        for (; mask; mask &= mask - 1) rows[count++] = __builtin_ctz(mask);
+    }
+};
+
+// ---- shrink --------------------------------------------------------------------------------------------------
+
+// Sums over features of two rows of x times eight of A: [2, 8].
+Floats products(const bf16* const* x, const bf16* const* A, int64_t features) {
+    Floats held[2 * block::ROWS] = {};
+    for (int64_t k = 0; k < features; k += DEPTH) {
+        Pairs even = read<Pairs>(x[0] + k), odd = read<Pairs>(x[1] + k);
+        for (int j = 0; j < block::ROWS; j++) {
+            Pairs a = read<Pairs>(A[j] + k);
+            held[j] = block::dot(held[j], a, even);
+            held[j + block::ROWS] = block::dot(held[j + block::ROWS], a, odd);
+        }
+    }
+    return block::sums(held);
+}
+
+// Two batch rows of S for a piece; `last` is written twice where there is one row.
+void shrink_rows(const Work& work, const Piece& piece, const int* rows, int count) {
+    int64_t K = piece.part->features;
+    int row[2] = {rows[0], rows[count - 1]};
+    const bf16 *x[2], *A[SIDE];
+    for (int i = 0; i < 2; i++) x[i] = piece.part->x + (work.first + piece.tile * SIDE + row[i]) * K;
+    for (int64_t j = 0; j < SIDE; j++) A[j] = piece.part->A + piece.cols[std::min(j, piece.count - 1)] * K;
+    for (int64_t j = 0; j < piece.count; j += block::ROWS) {
+        Floats found = products(x, A + j, K);
+        for (int64_t i = 0; i < block::ROWS && j + i < piece.count; i++)
+            for (int r = 0; r < 2; r++)
+                ((float*)piece.S)[row[r] * SIDE + j + i] = found[r * block::ROWS + i] * piece.coef[j + i];
+    }
+}
+
+void shrink(const Call& call, const Work& work, const Piece& piece) {
+    Mine mine(piece.mine);
+    for (int i = 0; i < mine.count; i += 2) shrink_rows(work, piece, mine.rows + i, std::min(2, mine.count - i));
+    if (!piece.part->S) return;
+    const float* S = (const float*)piece.S;
+    bf16* at = piece.part->S + (piece.cols - piece.part->route->cols) * call.padded + work.first + piece.tile * SIDE;
+    for (int64_t j = 0; j < piece.count; j++)
+        for (int i = 0; i < mine.count; i++)
+            block::narrow(Floats{} + S[mine.rows[i] * SIDE + j], at + j * call.padded + mine.rows[i], 1);
+}
+
+void shrink(const Call& call, const Work& work, const Shrink& task, Desk&) {
+    for (int64_t i = 0; i < task.count; i++) shrink(call, work, *task.pieces[i]);
+}
+
+// ---- base and expand -----------------------------------------------------------------------------------------
+
+// sums [ROWS tiles of rows, 2, 16, 16], y^T of a panel, += W x^T.
+template <int ROWS>
+void product(const Weights& W, const bf16* x, int64_t row, int64_t features, bool fetch, float* sums) {
+    int64_t stride = W.stride / 2, ahead = fetch ? block::ROWS * stride : 0;
+    const int64_t chunk = ROWS == 1 ? features : CHUNK;
+    for (int64_t k = 0; k < features; k += chunk)
+        for (int n = 0; n < PANEL; n += block::ROWS)
+            block::multiply<ROWS>(
+                {W.at + k * W.step + n / SIDE * W.half + n % SIDE * stride, stride, W.step * DEPTH, ahead},
+                {x + k * SIDE, BF16S, row}, std::min(chunk, features - k), sums + n * SIDE, 2);
+}
+
+// Rows of y, as far as a panel goes, += S Bt of a piece.
+template <int COUNT> void expand(const Piece& piece, const int* mine, int64_t n, float* rows) {
+    const float* S = (const float*)piece.S;
+    int64_t N = piece.part->columns;
+    Floats held[COUNT][2];
+    for (int i = 0; i < COUNT; i++)
+        for (int h = 0; h < 2; h++) held[i][h] = read<Floats>(rows + mine[i] * PANEL + h * SIDE);
+    for (int64_t j = 0; j < piece.count; j++) {
+        const bf16* Bt = piece.part->Bt + piece.cols[j] * N + n;
+        Floats low = block::widen(Bt, N - n), high = block::widen(Bt + SIDE, N - n - SIDE);
+        for (int i = 0; i < COUNT; i++) {
+            Floats s = Floats{} + S[mine[i] * SIDE + j];
+            held[i][0] += s * low, held[i][1] += s * high;
+        }
+    }
+    for (int i = 0; i < COUNT; i++)
+        for (int h = 0; h < 2; h++) std::memcpy(rows + mine[i] * PANEL + h * SIDE, &held[i][h], sizeof(Floats));
+}
+
+void expand(const Piece& piece, int64_t n, float* rows) {
+    Mine mine(piece.mine);
+    int i = 0;
+    for (; i + TOGETHER <= mine.count; i += TOGETHER) expand<TOGETHER>(piece, mine.rows + i, n, rows);
+    for (; i + 2 <= mine.count; i += 2) expand<2>(piece, mine.rows + i, n, rows);
+    if (i < mine.count) expand<1>(piece, mine.rows + i, n, rows);
+}
+
+// y of a tile of batch rows from the base product's sums.
+void finish(const Work& work, const Task& task, int64_t t, int64_t n, const float* sums, float* rows) {
+    const Output& output = *task.output;
+    for (int h = 0; h < 2; h++) {
+        Floats v[SIDE];
+        std::memcpy(v, sums + h * FLOATS, sizeof v);
+        block::transpose(v);
+        for (int m = 0; m < SIDE; m++) std::memcpy(rows + m * PANEL + h * SIDE, &v[m], sizeof(Floats));
+    }
+    const int64_t* starts = work.starts.data() + task.number * work.tiles + t;
+    for (int64_t i = starts[0]; i < starts[1]; i++) expand(work.pieces[i], n, rows);
+    for (int64_t m = 0; m < std::min<int64_t>(SIDE, work.rows - t * SIDE); m++)
+        for (int64_t at = n; at < std::min(n + PANEL, output.columns); at += SIDE) {
+            Floats y = read<Floats>(rows + m * PANEL + at - n);
+            if (output.bias) y += block::widen(output.bias + at, output.columns - at);
+            block::narrow(y, output.y + (work.first + t * SIDE + m) * output.columns + at, output.columns - at);
+        }
+}
+
+template <int ROWS>
+void panel(const Call& call, const Work& work, const Task& task, int64_t t, int64_t n, Desk& desk) {
+    int64_t row = call.features * SIDE;
+    std::memset(desk.sums, 0, sizeof desk.sums);
+    for (const Part* part = task.output->begin; part < task.output->end; part++)
+        product<ROWS>(weights(call, *part, task, n, desk.weight_room), work.x + t * row + part->offset * SIDE, row,
+                      part->features, !call.turned && t == task.first, desk.sums);
+    for (int i = 0; i < ROWS; i++) finish(work, task, t + i, n, desk.sums + 2 * i * FLOATS, desk.rows);
+}
+
+void compute(const Call& call, const Work& work, const Task& task, Desk& desk) {
+    if (call.turned) turn(call, task, desk.weight_room);
+    for (int64_t t = task.first; t < task.last; t += 2)
+        for (int64_t n = task.begin; n < task.end; n += PANEL)
+            if (t + 1 < task.last) panel<2>(call, work, task, t, n, desk);
+            else panel<1>(call, work, task, t, n, desk);
+}
+
+}  // namespace
