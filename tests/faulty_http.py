@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 PIECE = 1 << 16
+STALL = 60
 
 
 @dataclass
@@ -21,8 +22,9 @@ class Fault:
     """What is to go wrong with requests whose path matches `where`, `times` times.
 
     `kind`: "status" (answer `value`, with `headers`), "truncate" (send `value` bytes of the body, then hang up),
-    "stall" (send `value` bytes, then nothing for a long while), "flip" (flip bit `value` of the body), "whole" (a 200
-    with everything, whatever range was asked for), "etag" (state `value` as ETag), "lost" (do it, then answer `value`).
+    "stall" (send `value` bytes, then nothing for `STALL` seconds), "flip" (flip bit `value` of the body), "whole" (a
+    200 with everything, whatever range was asked for), "etag" (state `value` as ETag), "lost" (do it, then answer
+    `value`).
     """
 
     kind: str
@@ -140,7 +142,7 @@ class Handler(BaseHTTPRequestHandler):
         if end < size:
             self.wfile.flush()
             if faults["stall"]:
-                time.sleep(20)
+                time.sleep(STALL)
             self.close_connection = True
 
     def log_message(self, *args: Any) -> None:

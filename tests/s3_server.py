@@ -9,6 +9,8 @@ import hashlib
 import io
 import json
 import logging
+import select
+import socket
 import threading
 import time
 import urllib.request
@@ -28,13 +30,24 @@ Fault = Callable[[dict[str, Any], Callable], Iterable[bytes] | None]
 
 
 class Handler(MotoRequestHandler):
+    """Answers the one request of a connection; `busy` tells whether that has come."""
+
+    busy: dict[socket.socket, bool]
+
+    def handle(self) -> None:
+        self.busy[self.connection] = False
+        select.select([self.connection], [], [])
+        self.busy[self.connection] = True
+        super().handle()
+
     def log_request(self, *args: Any, **kwargs: Any) -> None:
         pass
 
 
 @dataclass
 class S3Server:
-    """`requests` are those that came, as `METHOD /path`. `fault`, if set, may answer one in the server's stead."""
+    """`requests` are those that came, as `METHOD /path`. `fault`, if set, may answer one in the server's stead, and
+    waits for `released` where it is to be late."""
 
     requests: list[str] = field(default_factory=list)
     fault: Fault | None = None
@@ -42,8 +55,13 @@ class S3Server:
     def __post_init__(self) -> None:
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self._moto = DomainDispatcherApplication(create_backend_app)
-        self._conditional, self._counting, self._active = threading.Lock(), threading.Lock(), 0
-        self._server = make_server("127.0.0.1", 0, self._app, threaded=True, request_handler=Handler)
+        self._conditional, self._accepting = threading.Lock(), threading.Lock()
+        self._busy: dict[socket.socket, bool] = {}  # by connection, from its acceptance to its end
+        self.released = threading.Event()
+        handler = type("Bound", (Handler,), {"busy": self._busy})
+        self._server = make_server("127.0.0.1", 0, self._app, threaded=True, request_handler=handler)
+        self._accept, self._close = self._server.get_request, self._server.shutdown_request
+        self._server.get_request, self._server.shutdown_request = self._accepted, self._closed
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         self.reset()
@@ -52,7 +70,9 @@ class S3Server:
         """An empty bucket, no faults, no memory of requests, and none that still arrives: one that its client gave up
         would write into the next test's bucket."""
         self.fault = None
-        self._finish()
+        self.released.set()
+        self.settle()
+        self.released = threading.Event()
         self.demand_credentials(False)
         self._call("POST", "/moto-api/reset")
         self._call("PUT", f"/{BUCKET}")
@@ -63,13 +83,29 @@ class S3Server:
         self._call("POST", "/moto-api/reset-auth", b"0" if demand else b"inf")
 
     def settle(self) -> None:
-        """Wait until no request is being worked on: those of a client that was killed may be."""
-        time.sleep(0.05)
-        self._finish()
-
-    def _finish(self) -> None:
-        while self._active:
+        """Wait until all that was sent has been read and answered: a client that was killed, or gave up, may have left
+        some on the way."""
+        while self._is_at_work():
             time.sleep(0.01)
+
+    def _is_at_work(self) -> bool:
+        """Whether a request is being answered, or lies in a connection, or in one that nobody has accepted yet."""
+        with self._accepting:
+            poll = select.poll()
+            for waiting in (self._server.socket, *self._busy):
+                poll.register(waiting, select.POLLIN)
+            return any(self._busy.values()) or bool(poll.poll(0))
+
+    def _accepted(self) -> tuple[socket.socket, Any]:
+        with self._accepting:
+            connection, address = self._accept()
+            self._busy[connection] = True
+            return connection, address
+
+    def _closed(self, connection: Any) -> None:
+        with self._accepting:
+            self._busy.pop(connection, None)
+            self._close(connection)
 
     def stop(self) -> None:
         self._server.shutdown()
@@ -106,14 +142,8 @@ class S3Server:
 
     def _app(self, environ: dict[str, Any], start: Callable) -> Iterable[bytes]:
         self.requests.append(f"{environ['REQUEST_METHOD']} {environ['RAW_URI']}")
-        with self._counting:
-            self._active += 1
-        try:
-            answer = self.fault(environ, start) if self.fault else None
-            return self._answer(environ, start) if answer is None else answer
-        finally:
-            with self._counting:
-                self._active -= 1
+        answer = self.fault(environ, start) if self.fault else None
+        return self._answer(environ, start) if answer is None else answer
 
     def _answer(self, environ: dict[str, Any], start: Callable) -> Iterable[bytes]:
         length = int(environ.get("CONTENT_LENGTH") or 0)

@@ -334,7 +334,7 @@ def _killed_half_way(path: Path, home: Path) -> None:
 def test_a_killed_conversion_leaves_nothing_visible_and_the_next_one_clears_up(tiny_gguf, home):
     child = multiprocessing.get_context("fork").Process(target=_killed_half_way, args=(tiny_gguf, home))
     child.start()
-    child.join(60)
+    child.join(300)
     assert child.exitcode == -signal.SIGKILL
     assert [p.name.startswith(gguf.PARTIAL) for p in (home / "bases").iterdir() if p.is_dir()] == [True]
     folder = gguf.convert(tiny_gguf, home)
@@ -348,7 +348,7 @@ def _convert_and_count(path: Path, home: Path, barrier: Any, count: Any) -> None
         (folder / "config.json").write_text("{}")
 
     gguf._write = write
-    barrier.wait(30)
+    barrier.wait(300)
     gguf.convert(path, home)
 
 
@@ -359,7 +359,7 @@ def test_concurrent_conversions_do_the_work_once(tiny_gguf, home):
     for child in children:
         child.start()
     for child in children:
-        child.join(60)
+        child.join(300)
     assert [child.exitcode for child in children] == [0] * 4
     assert count.value == 1
 

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -273,23 +272,34 @@ def test_nan_weights_are_refused(shell, tmp_path):
     assert shell("show", "nan")[0] == 3
 
 
+COMPOSING = """
+from contextlib import contextmanager
+from hubkit.cli import main, output
+@contextmanager
+def progress(self, label):
+    yield lambda *_: print(label, flush=True)
+output.Output.progress = progress
+main()
+"""
+
+
 def test_an_interrupted_run_stores_nothing(world):
     env = {**os.environ, "HUBKIT_HOME": str(world / "home"), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "hubkit", *compose_options(world)[:-1], "100000", "--out", "cut"]
+    command = [sys.executable, "-c", COMPOSING, *compose_options(world)[:-1], "100000", "--out", "cut"]
     running = subprocess.Popen(
         [*map(str, command)],
         env=env,
         cwd=ROOT,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         # a test run in the background of a script inherits an ignored interrupt
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # type: ignore[arg-type, return-value]
     )
     try:
-        time.sleep(6)  # imports take a second or two, the search would take minutes
-        assert running.poll() is None
+        assert running.stdout.readline() == "composing\n"  # which would take minutes
         running.send_signal(signal.SIGINT)
-        _, err = running.communicate(timeout=60)
+        _, err = running.communicate(timeout=300)
     finally:
         running.kill()
     assert running.returncode == 130, err

@@ -332,7 +332,7 @@ def test_an_interrupt_while_gc_waits_is_an_interrupt(home):
                 time.sleep(0.01)
         os.close(gate)
         running.send_signal(signal.SIGINT)
-        _, err = running.communicate(timeout=60)
+        _, err = running.communicate(timeout=300)
     assert (running.returncode, err) == (130, "Interrupted.\n")
     assert hub.store.gc(wait=0).removed == ()
 

@@ -74,7 +74,7 @@ def trajectory(points: list[dict[str, Any]]) -> np.ndarray:
 @pytest.mark.parametrize("plan", ["factors", "merge"])
 @pytest.mark.parametrize(("key", "batch_size"), [("one_batch", None), ("batches_of_3", 3)])
 def test_scores(tiny: Record, plan: str, key: str, batch_size: int | None) -> None:
-    np.testing.assert_allclose(tiny.scores(tiny.expected[key], plan, batch_size), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(tiny.scores(tiny.expected[key], plan, batch_size), 1.0, rtol=1e-4)
 
 
 def test_a_whole_search(tiny: Record) -> None:
@@ -104,7 +104,7 @@ def test_shared_scores(shared: Record, plan: str, part: str) -> None:
     recorded = shared.expected[part]
     points = recorded["trajectory"] if part == "search" else recorded
     assert len(points) >= 31
-    np.testing.assert_allclose(shared.scores(points, plan), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(shared.scores(points, plan), 1.0, rtol=1e-4)
 
 
 @needs_shared
@@ -136,7 +136,7 @@ def test_shared_search_step_by_step() -> None:
     """Told the recorded scores, our optimiser asks for the recorded points, given its BLAS kernel."""
     environment = {**os.environ, "OPENBLAS_CORETYPE": "Haswell"}
     path = str(SHARED / "expected.json")
-    subprocess.run([sys.executable, "-c", REPLAY, path], env=environment, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", REPLAY, path], env=environment, check=True, timeout=600)
 
 
 @needs_shared

@@ -88,7 +88,7 @@ def test_plans_equal_a_plain_merge(base: Base, runtime: LoraRuntime, mode: str, 
     together = population.losses(WEIGHTS)
     assert together.rows.tolist() == [i for i, e in enumerate(encoded) for _ in e.target]
     for weights, tokens in zip(WEIGHTS, together.tokens, strict=True):
-        np.testing.assert_allclose(tokens, naive(base, adapters, encoded, mode, weights), rtol=1e-5)
+        np.testing.assert_allclose(tokens, naive(base, adapters, encoded, mode, weights), rtol=1e-4)
 
 
 @pytest.mark.parametrize(("mode", "plan"), PLANS)
@@ -97,7 +97,7 @@ def test_a_population_scores_as_its_members_do(base: Base, runtime: LoraRuntime,
     together = Population(base, runtime, adapters, encoded, mode=mode, plan=plan).losses(WEIGHTS)
     single = Population(base, runtime, adapters, encoded, mode=mode, plan=plan)
     for weights, tokens in zip(WEIGHTS, together.tokens, strict=True):
-        np.testing.assert_allclose(single.losses(weights[None]).tokens[0], tokens, rtol=1e-5)
+        np.testing.assert_allclose(single.losses(weights[None]).tokens[0], tokens, rtol=1e-4)
 
 
 def test_memory_bounds_the_candidates_of_a_forward(
@@ -111,7 +111,7 @@ def test_memory_bounds_the_candidates_of_a_forward(
     monkeypatch.setattr(ArenaPlan, "groups", lambda self, w: sizes.append(len(w)) or groups(self, w))
     monkeypatch.setattr("compose.population.CPU_MEMORY", 1)
     tight = Population(base, runtime, adapters, encoded, mode="delta", plan="arena")
-    np.testing.assert_allclose(tight.losses(WEIGHTS).tokens, expected, rtol=1e-5)
+    np.testing.assert_allclose(tight.losses(WEIGHTS).tokens, expected, rtol=1e-4)
     assert sizes == [1] * (len(WEIGHTS) - 1), "the bare base was known already"
 
 
@@ -150,7 +150,7 @@ def test_a_composed_candidate_generates_with_what_it_was_scored_with(base: Base,
             for row, loss in zip(encoded, expected, strict=True):
                 batch = collate([row], base.pad_id, seq2seq=base.seq2seq)
                 with runtime.use([group]), torch.no_grad():
-                    assert token_losses(base.model, batch).mean().item() == pytest.approx(loss, rel=1e-5)
+                    assert token_losses(base.model, batch).mean().item() == pytest.approx(loss, rel=1e-4)
         for key in list(runtime.keys):
             runtime.remove(key)
 
@@ -203,7 +203,7 @@ def test_kernels_score_as_the_host_does(monkeypatch: pytest.MonkeyPatch) -> None
     found = Population(base, runtime, adapters, encoded, mode="factor", plan="factors").losses(WEIGHTS[1:4])
     host = tiny_base("llama")
     for weights, tokens in zip(WEIGHTS[1:4], found.tokens, strict=True):
-        np.testing.assert_allclose(tokens, naive(host, adapters, encoded, "factor", weights), rtol=1e-5)
+        np.testing.assert_allclose(tokens, naive(host, adapters, encoded, "factor", weights), rtol=1e-4)
 
 
 def test_sixteen_bit_weights_are_not_merged() -> None:
@@ -239,7 +239,7 @@ def test_packed_examples_have_the_losses_that_they_have_alone(base: Base, copies
     with torch.no_grad():
         found = layout.losses(copies)
     for row in found:
-        np.testing.assert_allclose(row, losses_apart(base, SHARED), rtol=1e-5)
+        np.testing.assert_allclose(row, losses_apart(base, SHARED), rtol=1e-4)
 
 
 def test_a_model_that_minds_its_own_positions_gets_padded_rows() -> None:
@@ -253,7 +253,7 @@ def test_a_model_that_minds_its_own_positions_gets_padded_rows() -> None:
     assert all(isinstance(layout, Padded) for layout in layouts)
     found = torch.cat([layout.losses(1)[0] for layout in layouts])
     order = torch.cat([layout.examples for layout in layouts]).argsort(stable=True)
-    np.testing.assert_allclose(found[order], losses_apart(base, SHARED), rtol=1e-5)
+    np.testing.assert_allclose(found[order], losses_apart(base, SHARED), rtol=1e-4)
 
 
 def test_long_targets_and_listeners_get_real_keys_and_values() -> None:
@@ -270,7 +270,7 @@ def test_long_targets_and_listeners_get_real_keys_and_values() -> None:
         with torch.no_grad():
             found = lay_out(base, encoded)[0].losses(1)[0]
         assert calls == expected
-        np.testing.assert_allclose(found, losses_apart(base, encoded), rtol=1e-5)
+        np.testing.assert_allclose(found, losses_apart(base, encoded), rtol=1e-4)
     calls.clear()
     hook = cross.v.register_forward_pre_hook(lambda *_: None)
     with torch.no_grad():

@@ -57,7 +57,7 @@ def test_the_default_finds_the_adapter_that_knows_the_task(base: Base) -> None:
     assert max(result.weights, key=result.weights.__getitem__) == "task"
     assert result.baselines["best_single"]["adapter"] == "task"
     assert result.loss < result.baselines["base"]["loss"] - 0.1
-    assert result.loss <= min(result.baselines[name]["loss"] for name in ("best_single", "uniform")) + 1e-9
+    assert result.loss <= min(result.baselines[name]["loss"] for name in ("best_single", "uniform")) + 1e-5
     assert result.chosen not in ("base", "uniform")
     assert result.held_out[result.chosen] == min(result.held_out.values())
     assert result.leave_one_out["task"] == max(result.leave_one_out.values()) > 0
@@ -102,7 +102,7 @@ def test_the_mixture_is_what_was_scored(llama: Base, candidates: list[Candidate]
     weights = result.mixture.weights
     merged, _ = materialise([parts[name] for name in weights], list(weights.values()), mode=mode)
     alone = run(llama, [Candidate("merged", merged)], method="best-single", compare=False)
-    assert alone.loss == pytest.approx(result.loss, rel=1e-5)
+    assert alone.loss == pytest.approx(result.loss, rel=1e-4)
 
 
 @pytest.mark.parametrize("method", ["lorahub", "lorahub-intended"])
@@ -130,7 +130,7 @@ def test_a_result_that_does_not_hold_out_is_the_base(llama: Base) -> None:
     assert result.held_out[result.chosen] <= result.held_out["base"]
     if result.chosen == "base":
         assert set(result.weights.values()) == {0.0}
-        assert result.loss == pytest.approx(result.baselines["base"]["loss"])
+        assert result.loss == pytest.approx(result.baselines["base"]["loss"], rel=1e-5)
         assert result.mixture is not None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import threading
 import time
 from importlib import metadata
 
@@ -82,7 +83,9 @@ def test_offline_by_choice_is_fine_and_tries_nothing(monkeypatch, tmp_path):
 
 def test_an_endpoint_that_answers_and_one_that_does_not(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    monkeypatch.setattr(doctor, "CONNECT_SECONDS", 60)
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # nobody listens there, nor can anybody else
         port = server.getsockname()[1]
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
         assert find("network", home=tmp_path).ok
@@ -90,8 +93,8 @@ def test_an_endpoint_that_answers_and_one_that_does_not(monkeypatch, tmp_path):
         monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{port}")
         assert "through 127.0.0.1" in find("network", home=tmp_path).detail
         monkeypatch.delenv("HTTPS_PROXY")
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
-    found = find("network", home=tmp_path)
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        found = find("network", home=tmp_path)
     assert not found.ok
     assert not found.needed
 
@@ -99,15 +102,18 @@ def test_an_endpoint_that_answers_and_one_that_does_not(monkeypatch, tmp_path):
 def test_a_name_server_that_hangs_costs_a_second(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
 
+    found = threading.Event()
+
     def hang(*_args, **_kwargs):
-        time.sleep(20)
+        found.wait(60)
         raise TimeoutError
 
     monkeypatch.setattr(socket, "create_connection", hang)
     monkeypatch.setattr(doctor, "CONNECT_SECONDS", 0.2)
     start = time.monotonic()
     assert not find("network", home=tmp_path).ok
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
+    found.set()
 
 
 def test_where_the_default_base_is(monkeypatch, tmp_path):

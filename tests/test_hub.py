@@ -358,7 +358,7 @@ def pull_in_a_process(ref: str, home: Path, **environment: str) -> subprocess.Co
     own = {"HUBKIT_HOME": str(home), "HF_HOME": str(home / "hf"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     return subprocess.run(
         [sys.executable, "-c", code, ref],
-        capture_output=True, text=True, cwd=ROOT, env=clean | own | environment, timeout=60,
+        capture_output=True, text=True, cwd=ROOT, env=clean | own | environment, timeout=600,
     )  # fmt: skip
 
 

@@ -122,6 +122,8 @@ def _cpu_seconds(code: str) -> float:
 
 
 def test_help_is_instant():
-    """--help costs under 150 ms of CPU beyond a bare interpreter that has imported typer."""
+    """--help costs under 150 ms of CPU beyond a bare interpreter that has imported typer, which takes 50 ms itself on a
+    machine of which that is true."""
     ours = _cpu_seconds("sys.argv = ['hubkit', '--help']; from hubkit.cli import main; main()")
-    assert ours - _cpu_seconds("import typer") < 0.150
+    typer = _cpu_seconds("import typer")
+    assert ours - typer < max(0.150, 3 * typer)

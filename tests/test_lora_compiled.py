@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
+from torch._inductor import config as inductor_config
 from transformers import StaticCache
 
 from hubkit.lora.runtime import LoraRuntime
@@ -19,13 +22,21 @@ GROUPS: list[dict[str, float]] = [{"a": 1.0}, {"a": 0.5, "b": -0.75}, {}, {"b": 
 ROUTINGS = [GROUPS, GROUPS[::-1], [{}, {}, {"b": 0.3}, {"a": -1.0}]]
 SLOW = ["qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "phi", "phi3", "gpt-neox", "t5", "t5-gated"]
 # the fused code of inductor sums in another order; the eager backend only computes q, k and v apart
-NEAR = {"aot_eager": 2e-6, "inductor": 2e-5}
+NEAR = {"aot_eager": 2e-5, "inductor": 1e-4}
+
+
+@contextmanager
+def uncached() -> Iterator[None]:
+    """Inductor's cache of graphs does not ask for which width of vectors another process wrote them; with the wrong one
+    they compute NaN, or write past the end of their outputs."""
+    with inductor_config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False):
+        yield
 
 
 @pytest.fixture(autouse=True)
 def afresh() -> Iterator[None]:
     torch.compiler.reset()
-    with torch.no_grad():
+    with torch.no_grad(), uncached():
         yield
 
 

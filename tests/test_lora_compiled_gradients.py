@@ -22,7 +22,7 @@ from hubkit.lora import ticket
 from hubkit.lora.linear import MultiLoraLinear
 from hubkit.lora.runtime import LoraRuntime
 from tests import tiny_models
-from tests.test_lora_compiled import SLOW, compiled
+from tests.test_lora_compiled import SLOW, compiled, uncached
 from tests.test_lora_families import two
 from tests.test_lora_gradients import TRITON
 from tests.test_lora_runtime import inputs, loaded
@@ -42,7 +42,8 @@ EXACT = {"atol": 1e-12, "rtol": 1e-12}
 def afresh() -> Iterator[None]:
     torch.compiler.reset()
     before = len(ticket._memories)
-    yield
+    with uncached():
+        yield
     torch.compiler.reset()
     gc.collect()
     assert len(ticket._memories) <= before, "something is kept that nobody can ask for"
@@ -71,7 +72,7 @@ def gradients(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(found, leaves, strict=True)]
 
 
-def alike(found: Sequence[Tensor], expected: Sequence[Tensor], atol: float = 1e-6, rtol: float = 1e-4) -> None:
+def alike(found: Sequence[Tensor], expected: Sequence[Tensor], atol: float = 1e-5, rtol: float = 1e-4) -> None:
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=atol, rtol=rtol)
 
@@ -205,7 +206,7 @@ def test_mixture_weights_are_learned_and_their_number_may_change() -> None:
         for each in (mlp, forward):
             with runtime.use(routing + [{"b": 1.0}] * (4 - number)):
                 found += gradients(each(x).square().sum(), [weights])
-        torch.testing.assert_close(found[1], found[0])  # coefficients are in fp32
+        torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)  # coefficients are in fp32
         assert (found[0] != 0).tolist() == [i < number for i in range(3)]
         assert counter.frame_count == compilations
 

@@ -57,7 +57,7 @@ def learned(model: Any) -> dict[str, list[str]]:
 def test_every_row_equals_its_merged_model(family: str) -> None:
     model = tiny_models.family(family)
     model = model if family in SINGLE else model.double()
-    near = 1e-5  # norms compute in fp32 whatever they are given
+    near = 1e-4  # norms compute in fp32 whatever they are given
     adapters, given = two(model), inputs(model, len(GROUPS), 9)
     if family != "gemma2":  # which makes NaN of padding
         given["attention_mask"][1, :3] = 0  # prompts are of unlike lengths, and go on at their right ends
@@ -87,7 +87,7 @@ def test_equals_peft_mixed_batch(family: str, tmp_path: Path) -> None:
     given, names = inputs(model, 4), ["b", "a", "__base__", "b"]
     expected = wrapped.eval()(**given, adapter_names=names).logits
     with loaded(model, adapters).use([{} if name == "__base__" else {name: 1.0} for name in names]):
-        torch.testing.assert_close(model(**given).logits, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(**given).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_linears_of_a_model_may_have_several_dtypes() -> None:
@@ -145,7 +145,7 @@ def test_linears_called_by_keyword_and_their_hooks_go_on_working() -> None:
     model.q.register_forward_hook(lambda *_: seen.append("after"))
     seen.clear()
     with runtime.use([{"a": 1.0}]):
-        torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(x), expected, atol=1e-4, rtol=1e-4)
     assert seen == ["before", "after"]
     hook.remove()
     runtime.detach()

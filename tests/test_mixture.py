@@ -6,7 +6,7 @@ import math
 import string
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hubkit.errors import PolicyError, UsageError
@@ -27,11 +27,13 @@ mixtures = st.lists(st.tuples(refs, weights), min_size=1, max_size=8, unique_by=
 )
 
 
+@settings(deadline=None)
 @given(mixtures)
 def test_what_is_written_reads_back(mixture):
     assert parse(str(mixture)) == mixture
 
 
+@settings(deadline=None)
 @given(mixtures, st.data())
 def test_white_space_between_the_pieces_is_free(mixture, data):
     spaces = st.text(" \t\n", max_size=3)
@@ -42,6 +44,7 @@ def test_white_space_between_the_pieces_is_free(mixture, data):
     assert parse(spaced) == mixture
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40))
 def test_any_text_is_a_mixture_or_a_known_error(text):
     try:

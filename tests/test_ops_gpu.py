@@ -161,7 +161,7 @@ def test_a_row_does_not_depend_on_its_neighbours(monkeypatch: pytest.MonkeyPatch
         if DEVICE.type == "cuda":
             assert torch.equal(run(part), whole[rows])
         else:  # numpy's own products depend on where in a tile a row lies
-            assert error(run(part), whole[rows]) < 1e-6
+            assert error(run(part), whole[rows]) < 2 * TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("align", [1, 32])
@@ -216,7 +216,7 @@ def test_a_reused_slot_holds_nothing_of_its_past(mode: str, monkeypatch: pytest.
     case.C[0] = 0
     y = run(case)
     assert y.isfinite().all()
-    assert error(y[4:], first[4:]) < 1e-6
+    assert error(y[4:], first[4:]) < 2 * TOLERANCE[torch.float32]
     case.A[:8], case.Bt[:8], case.C[0, :8] = 1, 1, 0.5  # a smaller adapter moves in, half of the slot stays free
     assert error(run(case), case.exact()) < TOLERANCE[torch.float32]
 

@@ -158,7 +158,8 @@ def test_linears_with_a_common_input(tokens: int, implementation: str) -> None:
         return [x.grad, C.grad, *(t.grad for _, A, Bt in members for t in (A, Bt))]  # type: ignore[list-item]
 
     for ours, theirs in zip(run(module, apart=False), run(naive, apart=True), strict=True):
-        assert error(ours, theirs) < LOOSER * TOLERANCE[torch.float32]
+        # sines of sums in fp32, whose order is the processor's; a term that is missing would be a tenth and more
+        assert error(ours, theirs) < 1e-4
 
 
 @pytest.mark.parametrize("implementation", FAST)

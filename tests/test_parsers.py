@@ -82,7 +82,7 @@ def test_what_fuzzing_found_stays_mended(name):
     for data in FOUND[name]:
         started = time.process_time()
         holds(name, data)
-        assert time.process_time() - started < 2
+        assert time.process_time() - started < 10
 
 
 COSTLY = ("entry", "search", "pointer")  # a store, a catalogue and several commands each

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,11 +72,12 @@ def shell(capsys, monkeypatch, hub, server):
 
 def times(count: int, fault: Fault) -> Fault:
     """A fault that is over after it was met `count` times."""
-    left = [count]
+    left, turn = [count], threading.Lock()
 
     def answer(environ, start):
-        found = fault(environ, start) if left[0] else None
-        left[0] -= found is not None
+        with turn:
+            found = fault(environ, start) if left[0] else None
+            left[0] -= found is not None
         return found
 
     return answer
@@ -85,12 +87,6 @@ def cut(environ, start):
     """An answer that breaks off before the length that it states."""
     start("200 OK", [("Content-Length", "1000"), ("ETag", '"x"'), ("Last-Modified", "Wed, 25 Nov 2026 18:33:22 GMT")])
     return [b"a" * 500]
-
-
-def stalled(environ, start) -> Iterator[bytes]:
-    start("200 OK", [("Content-Length", "1000"), ("ETag", '"x"'), ("Last-Modified", "Wed, 25 Nov 2026 18:33:22 GMT")])
-    yield b"a" * 500
-    time.sleep(3)
 
 
 BLOBS = "/blobs/"
@@ -161,9 +157,13 @@ def test_a_push_without_check_reads_no_blob_back(server, hub):
 
 
 def test_a_silent_service_counts_as_gone_in_a_push_too(server, hub, monkeypatch):
+    def silent(environ, start):
+        server.released.wait()
+        return BUSY(environ, start)
+
     monkeypatch.setenv("HUBKIT_TRIES", "1")
     monkeypatch.setenv("HUBKIT_STALL_TIMEOUT", "0.5")
-    server.fault = only("PUT", "/refs/", lambda environ, start: time.sleep(3) or BUSY(environ, start))
+    server.fault = only("PUT", "/refs/", silent)
     with pytest.raises(TransientError, match="Nothing came from"):
         hub.push("small", URL)
 
@@ -187,9 +187,13 @@ def test_a_pull_says_what_keeps_failing(server, hub, other, monkeypatch):
 
 
 def test_a_silent_service_counts_as_gone(server, hub, other, monkeypatch):
+    def stalled(environ, start):
+        yield from cut(environ, start)
+        server.released.wait()
+
+    hub.push("small", URL)
     monkeypatch.setenv("HUBKIT_TRIES", "1")
     monkeypatch.setenv("HUBKIT_STALL_TIMEOUT", "0.5")
-    hub.push("small", URL)
     server.fault = only("GET", BLOBS, stalled)
     with pytest.raises(TransientError, match=r"Nothing came from .* for 0\.5 seconds"):
         other.pull(f"{URL}#small")
@@ -226,21 +230,24 @@ def test_large_files_travel_in_parts_and_resume_by_range(server, hub, other, tmp
     assert sum("partNumber=" in request for request in server.requests) == 2
     seen: list[str] = []
 
-    def slow(environ, start):
+    def halting(environ, start):
         seen.append(environ.get("HTTP_RANGE", ""))
         body = b"".join(server._answer(environ, start))
-        return (time.sleep(0.1) or body[at : at + (1 << 18)] for at in range(0, len(body), 1 << 18))
+        yield body[: 1 << 21]
+        server.released.wait()  # until the puller is dead
+        yield body[1 << 21 :]
 
     weights = hub.entry("large").manifest["files"]["adapter_model.safetensors"]
-    server.fault = only("GET", weights["digest"][7:], slow)
+    server.fault = only("GET", weights["digest"][7:], halting)
     environment = {**os.environ, "HUBKIT_HOME": str(other.home)}
     puller = subprocess.Popen([*CLI, "pull", f"{URL}#large"], env=environment, cwd=Path(__file__).parents[1])
     part = other.home / "partial" / f"{weights['digest'][7:]}.part"
     while not (part.exists() and part.stat().st_size > 1 << 20):
         assert puller.poll() is None
         time.sleep(0.02)
-    os.kill(puller.pid, signal.SIGKILL)
+    puller.kill()
     puller.wait()
+    server.released.set()
     kept = part.stat().st_size
     seen.clear()
     transfer = Transfer(other.store)
@@ -264,10 +271,7 @@ def test_a_whole_file_for_a_part_begins_anew(server, hub, other):
 
 
 def test_ctrl_c_ends_a_push_and_its_upload(server, hub):
-    def slow(environ, start):
-        time.sleep(0.3)
-
-    server.fault = only("PUT", "partNumber", slow)
+    server.fault = only("PUT", "partNumber", lambda environ, start: server.released.wait() and None)
     environment = {**os.environ, "HUBKIT_HOME": str(hub.home)}
     pusher = subprocess.Popen(
         [*CLI, "push", "large", URL],
@@ -279,7 +283,8 @@ def test_ctrl_c_ends_a_push_and_its_upload(server, hub):
         assert pusher.poll() is None
         time.sleep(0.01)
     pusher.send_signal(signal.SIGINT)
-    assert pusher.wait(timeout=60) == 130
+    server.released.set()
+    assert pusher.wait(timeout=300) == 130
     assert not any(path.startswith("hub/refs/") for path in server.tree())
 
 
@@ -293,10 +298,10 @@ def test_an_upload_that_is_given_up_leaves_no_parts_behind(server, hub):
     assert any(request.startswith("DELETE ") and "uploadId" in request for request in server.requests)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+# bound for as long as the tests run, and nobody listens: no other process can be given that port
+CLOSED = socket.socket()
+CLOSED.bind(("127.0.0.1", 0))
+NOWHERE = "http://{}:{}".format(*CLOSED.getsockname())
 
 
 REFUSALS: dict[str, tuple[Fault | None, dict[str, str], int, str]] = {
@@ -314,7 +319,7 @@ REFUSALS: dict[str, tuple[Fault | None, dict[str, str], int, str]] = {
     "moved": (refuse("PermanentRedirect", "301 Moved Permanently"), {}, 1, "the region, that the bucket really has"),
     "clock": (refuse("RequestTimeTooSkewed", "403 Forbidden"), {}, 1, "clock of this machine"),
     "unknown": (refuse("Whatever", "418 Teapot"), {}, 1, "refused (status 418, Whatever)"),
-    "down": (None, {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}"}, 1, "can't be reached. Check the network"),
+    "down": (None, {"AWS_ENDPOINT_URL": NOWHERE}, 1, "can't be reached. Check the network"),
 }
 
 
@@ -352,7 +357,7 @@ def test_a_real_signature_is_checked(server, hub, monkeypatch):
 def test_without_credentials_the_error_says_which(server, hub, monkeypatch):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    monkeypatch.setenv("AWS_METADATA_ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", NOWHERE)
     monkeypatch.setenv("HUBKIT_TRIES", "1")
     with pytest.raises(HubkitError, match=r"There are no credentials for .*AWS_ACCESS_KEY_ID"):
         hub.push("small", URL)

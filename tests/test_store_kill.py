@@ -88,6 +88,9 @@ def kill_loop(place: Path, kills: int, longest: float = 0.25) -> dict[str, int]:
     for i in range(4):
         write_adapter(source / str(i), i, width=4096)
     Hub(home).pull(str(source / "0"), "next")  # which also imports what a child would spend its time importing
+    began = time.monotonic()
+    Hub(home).add(source / "1", "next")
+    longest = max(longest, 4 * (time.monotonic() - began))  # where disks are slow, so that some of it gets done
     promised: set[str] = set()
     struck: Counter[str] = Counter()
     corrupt_seen = lost = 0

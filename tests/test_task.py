@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hubkit.errors import NotFoundError, UsageError
@@ -87,6 +87,7 @@ def test_a_missing_file_and_a_folder(tmp_path):
 text = st.text(st.characters(codec="utf-8"), max_size=20)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(text, text.filter(str.strip)), min_size=1, max_size=5))
 def test_what_json_writes_comes_back(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("task") / "t.jsonl"

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ from hubkit.remotes import patience
 from hubkit.remotes.source import RemoteFile, Source, Stream, TransientError
 from hubkit.store import Store
 from hubkit.transfer import Transfer
-from tests.faulty_http import Fault
+from tests.faulty_http import STALL, Fault
 from tests.hub_server import HubDouble, connect
 from tests.test_store import corrupt
 from tests.tiny_adapters import write_adapter
@@ -104,11 +103,11 @@ def test_a_server_that_always_breaks_off_at_one_place_is_given_up(server, hub, m
 
 
 def test_a_server_that_stalls_is_dropped_and_asked_again(server, hub, tmp_path, monkeypatch):
-    monkeypatch.setenv("HUBKIT_STALL_TIMEOUT", "0.5")
+    monkeypatch.setenv("HUBKIT_STALL_TIMEOUT", "2")  # a busy machine may stall for a while as well
     server.faults = [Fault("stall", 60_000, "/objects/", times=1)]
     began = time.monotonic()
     hub.pull(REF)
-    assert time.monotonic() - began < 15  # the server would be silent for 20 s
+    assert time.monotonic() - began < STALL / 2
     check(hub, tmp_path / "lora")
     assert server.downloads(WEIGHTS)[1].headers["range"] == "bytes=60000-"
 
@@ -258,16 +257,16 @@ def test_after_a_kill_the_next_pull_goes_on(server, hub, tmp_path, kills):
         home = tmp_path / f"home{i}"
         server.rate = 8e6
         process = start(home, server, "hf://someone/large")
-        server.seen.clear()
+        target = luck.randrange(1 << 16, size - (1 << 18))
+        server.faults = [Fault("stall", target + (1 << 17), "/objects/", times=1)]  # whoever kills it may be late
         process.stdin.write("\n")
         process.stdin.flush()
-        target = luck.randrange(1 << 16, size - (1 << 18))
-        deadline = time.monotonic() + 30
-        while _partial_bytes(home) < target and process.poll() is None and time.monotonic() < deadline:
+        while _partial_bytes(home) < target:
+            assert process.poll() is None
             time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.communicate()
-        server.rate = None
+        server.rate, server.faults = None, []
         on_disk = _partial_bytes(home)
         mended = Hub(home)
         assert mended.store.verify().problems == []
@@ -321,7 +320,7 @@ def test_many_processes_download_once(server, hub, tmp_path, processes):
     for one in running:
         one.stdin.write("\n")
         one.stdin.flush()
-    said = [one.communicate(timeout=120)[0].split() for one in running]
+    said = [one.communicate(timeout=600)[0].split() for one in running]
     assert [one.returncode for one in running] == [0] * processes
     assert len({digest for digest, _, _ in said}) == 1
     assert sum(int(fetched) > 0 for _, fetched, _ in said) == 1
@@ -329,13 +328,14 @@ def test_many_processes_download_once(server, hub, tmp_path, processes):
     check(hub, tmp_path / "lora")
 
 
-def test_one_file_that_fails_ends_the_others_at_once(server, hub):
-    server.rate = 20_000  # the weights would take six seconds and more
+def test_one_file_that_fails_ends_the_others_at_once(server, hub, tmp_path):
+    server.add("someone/lora", write_adapter(tmp_path / "larger", 9, width=1 << 17))
+    server.rate = 100_000  # the weights, 4 MB, would take 40 seconds
     server.faults = [Fault("flip", 1, CONFIG)]
     began = time.monotonic()
     with pytest.raises(IntegrityError, match=CONFIG):
         hub.pull(REF)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
 
 
 def test_progress_is_told_per_file(server, hub, tmp_path):

@@ -60,7 +60,7 @@ def test_the_walk(hub_server, s3, base, tmp_path):
     def hubkit(home: str, *arguments: object) -> dict:
         command = [sys.executable, "-m", "hubkit", *map(str, arguments), "--format", "json"]
         env = {**clean, **network, "HUBKIT_HOME": str(tmp_path / home)}
-        done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 

@@ -63,7 +63,8 @@ def t5(seed: int = 0) -> Any:
         pad_token_id=0,
         eos_token_id=2,
         decoder_start_token_id=0,
-        initializer_factor=3.0,
+        # random models differ in what they say; with 3.0 fp32 rounding already changes what they say
+        initializer_factor=1.5,
     )
     return T5ForConditionalGeneration(config).eval()
 

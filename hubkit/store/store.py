@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from hubkit import strict_json
-from hubkit.errors import HubkitError, IntegrityError
+from hubkit.errors import HubkitError, IntegrityError, StorageError
 from hubkit.faults import explained
 from hubkit.policy import safe_join
 from hubkit.store import files
@@ -208,7 +208,7 @@ class Store:
 
     def _check_format(self) -> None:
         if self.home.exists() and not self.home.is_dir():
-            raise HubkitError(f"{self.home} is no folder.", "Set HUBKIT_HOME to one.")
+            raise StorageError(f"{self.home} is no folder.", "Set HUBKIT_HOME to one.")
         try:
             found = strict_json.parse(files.read_bytes(self.home / "format.json"))
         except FileNotFoundError:
