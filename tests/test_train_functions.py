@@ -94,7 +94,7 @@ def _attended(function: type, packing: Packing, sizes: tuple[int, int, int], dty
         for seed, n in enumerate((heads, groups, groups, heads))
     )
     leaves = [t.requires_grad_() for t in qkv]
-    y = function.apply(*leaves, 0.3, packing)
+    y = function.apply(*leaves, 0.3, packing.tree if function is TreeAttention else packing)
     return [y, *torch.autograd.grad(y, leaves, dy)]
 
 
@@ -135,6 +135,7 @@ def test_attention_over_a_tree_is_the_same_for_any_number_of_threads() -> None:
 def test_what_attention_over_a_tree_does_not_compute() -> None:
     tree = Packing(ALIKE).tree
     q, k = torch.randn(1, 4, tree.rows, 8), torch.randn(1, 2, tree.rows, 8)
+    assert tree is not None
     assert tree_native.attends(tree, q, k, k)
     assert not tree_native.attends(tree, q.double(), k.double(), k.double())
     assert not tree_native.attends(tree, q[:, :3], k, k)

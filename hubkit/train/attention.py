@@ -79,10 +79,10 @@ class TreeAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, packing: Packing) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, tree: native.Tree) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        ctx.scale, ctx.tree = scale, packing.tree
-        return native.attend(packing.tree, q, k, v, scale)
+        ctx.scale, ctx.tree = scale, tree
+        return native.attend(tree, q, k, v, scale)
 
     @staticmethod
     @once_differentiable
@@ -113,9 +113,10 @@ def attend(
     plain = causal and attention_mask is None and not special
     if plain and length == key.shape[2] and query.device.type == "cpu":
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        if packing is not None and native.attends(packing.tree, query, key, value):
-            return TreeAttention.apply(query, key, value, scale, packing).transpose(1, 2), None
-        if (packing.longest if packing else length) <= LONGEST:
+        tree = packing.tree if packing else None
+        if tree is not None and native.attends(tree, query, key, value):
+            return TreeAttention.apply(query, key, value, scale, tree).transpose(1, 2), None
+        if packing is not None or length <= LONGEST:
             return CausalAttention.apply(query, key, value, scale, packing).transpose(1, 2), None
     if packing:
         raise NotImplementedError("this attention can't be computed on a packed batch")

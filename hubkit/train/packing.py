@@ -37,9 +37,10 @@ class Packing:
     """Where the tokens of some sequences lie: in a row that each prefix is in once, or spread out [example, position].
 
     share: False gives every token of every example a row of its own.
+    natively: False attends in torch, whose numbers are, but for the order of rows, those of the padded batch.
     """
 
-    def __init__(self, sequences: Sequence[Sequence[int]], *, share: bool = True) -> None:
+    def __init__(self, sequences: Sequence[Sequence[int]], *, share: bool = True, natively: bool = True) -> None:
         self.examples, self.longest = len(sequences), max(map(len, sequences))
         found: dict[tuple[int, ...], int] = {}  # (row before, token) or, unshared, (row before, token, example)
         self.places = [_places(found, tokens, () if share else (i,)) for i, tokens in enumerate(sequences)]
@@ -48,7 +49,7 @@ class Packing:
         self._example = torch.repeat_interleave(torch.arange(self.examples), torch.tensor([len(s) for s in sequences]))
         self._position = torch.cat([torch.arange(len(s)) for s in sequences])
         self._at = cache(self._find_rows)  # every layer asks the same
-        self.tree = Tree(self.places)
+        self.tree = Tree(self.places) if natively else None
 
     @property
     def position_ids(self) -> Tensor:
@@ -132,13 +133,13 @@ def packed(packing: Packing) -> Iterator[None]:
         _current.reset(token)
 
 
-def pack(encoded: Sequence[Encoded], *, share: bool = True) -> tuple[Batch, Packing]:
+def pack(encoded: Sequence[Encoded], *, share: bool = True, natively: bool = True) -> tuple[Batch, Packing]:
     """The examples as one row of tokens, for a causal model; target positions in the order of `collate`'s.
 
-    share: examples that begin alike share the rows of their beginning.
+    share: examples that begin alike share the rows of their beginning; `natively` as for `Packing`.
     """
     sequences = [(*e.prompt, *e.target) for e in encoded]
-    packing = Packing(sequences, share=share)
+    packing = Packing(sequences, share=share, natively=natively)
     ids = torch.empty(packing.rows, dtype=torch.long)
     for places, tokens in zip(packing.places, sequences, strict=True):
         ids[places] = torch.tensor(tokens)

@@ -55,7 +55,11 @@ void strip(Operand a, const float* b, int64_t stride, int64_t depth, float* c, i
     int64_t n = 0;
     for (; n + VECTORS * LANES <= columns; n += VECTORS * LANES)
         block<M, VECTORS>(a, b + n, stride, depth, c + n, c_stride);
-    for (; n < columns; n += LANES) block<M, 1>(a, b + n, stride, depth, c + n, c_stride);
+    switch ((columns - n) / LANES) {
+        case 3: return block<M, 3>(a, b + n, stride, depth, c + n, c_stride);
+        case 2: return block<M, 2>(a, b + n, stride, depth, c + n, c_stride);
+        case 1: return block<M, 1>(a, b + n, stride, depth, c + n, c_stride);
+    }
 }
 
 // c [rows, columns] += a b; columns a multiple of LANES
@@ -64,8 +68,12 @@ void multiply(Operand a, int64_t rows, const float* b, int64_t stride, int64_t d
     int64_t m = 0;
     for (; m + ROWS <= rows; m += ROWS)
         strip<ROWS>({a.at + m * a.row, a.row, a.column}, b, stride, depth, c + m * c_stride, c_stride, columns);
-    for (; m < rows; m++)
-        strip<1>({a.at + m * a.row, a.row, a.column}, b, stride, depth, c + m * c_stride, c_stride, columns);
+    Operand rest{a.at + m * a.row, a.row, a.column};
+    switch (rows - m) {
+        case 3: return strip<3>(rest, b, stride, depth, c + m * c_stride, c_stride, columns);
+        case 2: return strip<2>(rest, b, stride, depth, c + m * c_stride, c_stride, columns);
+        case 1: return strip<1>(rest, b, stride, depth, c + m * c_stride, c_stride, columns);
+    }
 }
 
 // ---- a task --------------------------------------------------------------------------------------------------
