@@ -102,12 +102,12 @@ def test_show_tag_rm_gc_verify(shell):
 
 
 @pytest.mark.parametrize("command", [("list",), ("show", "x"), ("verify",), ("gc",), ("rm", "x")])
-def test_a_home_that_is_no_folder_is_named(shell, monkeypatch, tmp_path, command):
+def test_commands_name_a_home_that_is_no_folder(shell, monkeypatch, tmp_path, command):
     (tmp_path / "file").touch()
     monkeypatch.setenv("HUBKIT_HOME", str(tmp_path / "file"))
     code, _, said = shell(*command)
     assert code == 1
-    assert f"{tmp_path / 'file'} is no folder." in said
+    assert f"{tmp_path / 'file'}/ is no folder." in said
 
 
 def test_train_has_its_schema(shell, world):

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from hubkit.adapter import Adapter
 from hubkit.base import Base, Fingerprint
@@ -21,7 +20,7 @@ from hubkit.prompt import Template
 from hubkit.task import Example
 from hubkit.train import Recipe, train
 from hubkit.train.checkpoint import FILE
-from hubkit.train.data import Plan, encode_all, length, split
+from hubkit.train.data import Plan, encode_all, split
 from hubkit.train.recipe import ALL_LINEAR
 from hubkit.train.sites import siblings, targeted
 from hubkit.train.trainer import Run, frozen, resolved
@@ -389,64 +388,6 @@ def test_the_split_holds_out_a_share() -> None:
     assert len(held) == 6
     assert sorted(map(str, kept + held)) == sorted(map(str, encoded))
     assert split(encoded, 0.25, seed=4)[1] != held
-
-
-@pytest.mark.parametrize("more", [0, 300])
-@pytest.mark.parametrize("natively", [True, False])
-@pytest.mark.parametrize("kind", ["llama", "t5"])
-def test_packed_batches_have_the_losses_and_gradients_of_padded_ones(
-    kind: str, natively: bool, more: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not natively:
-        monkeypatch.setattr("hubkit.train.attention.unavailable", lambda: "by this test")
-        monkeypatch.setattr("hubkit.train.attention.native.attends", lambda *_: False)
-    run = start(tiny(kind), QUICK)
-    beginning = tuple(3 + i % 20 for i in range(more))
-    chosen = [run.examples[i] for i in (0, 5, 7, 13, 5)]
-    some = [replace(e, prompt=beginning + e.prompt) for e in chosen]
-    sequences = {(*e.prompt, *e.target) for e in some}
-    assert len({s[:2] for s in sequences}) < len(sequences) == 4, "nothing is shared"
-    with torch.no_grad():
-        run.method.states.normal_(0.0, 0.1)
-
-    def step() -> tuple[Tensor, Tensor]:
-        run.method.refresh()
-        losses = run.losses(some)
-        (losses * torch.linspace(0, 1, len(losses))).sum().backward()
-        run.method.collect()
-        assert run.method.states.grad is not None
-        gradient = run.method.states.grad.clone()
-        run.method.states.grad.zero_()
-        return losses.detach(), gradient
-
-    with frozen(run.base.model):
-        packed = step()
-        assert run.history.packs is (kind == "llama" and (natively or not more))
-        run.history.packs = False
-        for padded, ours in zip(step(), packed, strict=True):
-            assert float((padded - ours).abs().max()) < 1e-4 * float(ours.abs().max())
-        assert packed[1].abs().max() > 1e-3
-
-
-@pytest.mark.parametrize(("dropout", "copies"), [(0.0, 1), (0.1, 4)])
-def test_only_what_dropout_does_not_tell_apart_is_shared(dropout: float, copies: int) -> None:
-    run = start(tiny(), replace(QUICK, dropout=dropout))
-    seen: list[int] = []
-    run.base.model.get_input_embeddings().register_forward_hook(lambda _m, _a, out: seen.append(out.shape[1]))
-    run.method.refresh()
-    with frozen(run.base.model):
-        run.losses([run.examples[0]] * 4)
-    assert seen[-1] == copies * length(run.examples[0])
-
-
-def test_a_model_that_mixes_positions_outside_attention_is_not_packed() -> None:
-    run = start(tiny(), QUICK)
-    first = run.base.model.model.layers[0]
-    first.register_forward_pre_hook(lambda _module, args: (args[0] + args[0].roll(1, 1), *args[1:]))
-    run.method.refresh()
-    with frozen(run.base.model):
-        run.losses(run.examples[:4])
-    assert run.history.packs is False
 
 
 def test_siblings_are_the_linears_with_one_input() -> None:

@@ -21,50 +21,13 @@ from hubkit.ops.native import tree as tree_native
 from hubkit.train.attention import CausalAttention, TreeAttention
 from hubkit.train.packing import Packing
 from tests.test_train import tiny
+from tests.test_train_packing import ALIKE, random
 
 NEAR = {"rtol": 1e-4, "atol": 1e-4}  # fp32 through a whole model, whose logits go up to 6
 
 
-def _random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
-
-
-ALIKE = [(7, 8, 9), (7,), (7, 8, 5, 9), (7, 8, 9), (9, 7), (7, 8)]  # one twice, one within another
-
-
-def test_rows_are_shared_by_what_begins_alike_and_by_nothing_else() -> None:
-    packing = Packing(ALIKE)
-    rows = {
-        tokens[: i + 1]: row
-        for tokens, places in zip(ALIKE, packing.places, strict=True)
-        for i, row in enumerate(places)
-    }
-    assert sorted(rows.values()) == list(range(packing.rows))
-    assert all(packing.position_ids[0, row] == len(prefix) - 1 for prefix, row in rows.items())
-    x = torch.arange(2.0 * packing.rows * 3).view(1, 2, packing.rows, 3)
-    spread = packing.spread(x)
-    for example, tokens in enumerate(ALIKE):
-        for i in range(len(tokens)):
-            assert torch.equal(spread[example, :, i], x[0, :, rows[tokens[: i + 1]]])
-    assert torch.equal(packing.gather(spread), x)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_gradients_of_spreading_are_its_transpose(dtype: torch.dtype) -> None:
-    packing = Packing([*ALIKE, *[(7, 8, 9, i) for i in range(40)]])
-    x = _random(1, 2, packing.rows, 3).to(dtype)
-    d = _random(packing.examples, 2, packing.longest, 3, seed=1).detach().to(dtype)
-    filled = torch.tensor([[i < len(places) for i in range(packing.longest)] for places in packing.places])
-    d *= filled[:, None, :, None]
-    exact = x.detach().double().requires_grad_()
-    (expected,) = torch.autograd.grad(packing.spread(exact), exact, d.double())
-    torch.testing.assert_close(packing.gather_gradient(d), expected.to(dtype))
-    (expected,) = torch.autograd.grad(packing.gather(d.requires_grad_()), d, x.detach())
-    torch.testing.assert_close(packing.spread_gradient(x.detach()), expected)
-
-
 def test_the_autograd_functions_are_right() -> None:
-    q, k, v = (_random(2, heads, 5, 4, seed=seed) for seed, heads in enumerate((6, 2, 2)))
+    q, k, v = (random(2, heads, 5, 4, seed=seed) for seed, heads in enumerate((6, 2, 2)))
     assert torch.autograd.gradcheck(lambda *qkv: CausalAttention.apply(*qkv, 0.3, None), (q, k, v))
     ours = CausalAttention.apply(q, k, v, 0.3, None)
     theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)
@@ -72,12 +35,12 @@ def test_the_autograd_functions_are_right() -> None:
     for share, count in ((False, 15), (True, 7)):
         packing = Packing(ALIKE, share=share)
         assert packing.rows == count
-        rows = [_random(1, heads, count, 4, seed=seed) for seed, heads in enumerate((6, 2, 2))]
+        rows = [random(1, heads, count, 4, seed=seed) for seed, heads in enumerate((6, 2, 2))]
         assert torch.autograd.gradcheck(lambda *qkv, p=packing: CausalAttention.apply(*qkv, 0.3, p), rows)
-    weight, (cos, sin) = _random(4).detach(), _random(2, 2, 5, 4).detach()
+    weight, (cos, sin) = random(4).detach(), random(2, 2, 5, 4).detach()
     assert torch.autograd.gradcheck(lambda x: RmsNorm.apply(x, weight, 1e-5), (q,))
     assert torch.autograd.gradcheck(lambda *qk: Rotary.apply(*qk, cos, sin), (q, k))
-    assert torch.autograd.gradcheck(Gate.apply, (q, _random(2, 6, 5, 4, seed=7)))
+    assert torch.autograd.gradcheck(Gate.apply, (q, random(2, 6, 5, 4, seed=7)))
 
 
 def _sequences(*lengths: int) -> list[tuple[int, ...]]:
@@ -90,7 +53,7 @@ def _attended(function: type, packing: Packing, sizes: tuple[int, int, int], dty
     """y, dq, dk and dv of numbers that depend on the sizes alone."""
     heads, groups, D = sizes
     *qkv, dy = (
-        _random(1, packing.rows, n, D, seed=seed).detach().to(torch.bfloat16).to(dtype).transpose(1, 2)
+        random(1, packing.rows, n, D, seed=seed).detach().to(torch.bfloat16).to(dtype).transpose(1, 2)
         for seed, n in enumerate((heads, groups, groups, heads))
     )
     leaves = [t.requires_grad_() for t in qkv]
@@ -149,7 +112,7 @@ def test_what_attention_over_a_tree_does_not_compute() -> None:
 @pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
 def test_native_gates_and_norms_against_fp64(dtype: torch.dtype, width: int) -> None:
     near = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
-    g, u, d, weight = ((4 * _random(*shape).detach()).to(dtype) for shape in [(9, width)] * 3 + [(width,)])
+    g, u, d, weight = ((4 * random(*shape).detach()).to(dtype) for shape in [(9, width)] * 3 + [(width,)])
     exact = [t.double().requires_grad_() for t in (g, u)]
     ours = [t.clone().requires_grad_() for t in (g, u)]
     assert rows.known(g, u)
@@ -209,7 +172,7 @@ def test_native_rotation_against_fp64(dtype: torch.dtype, layout: str, sizes: tu
     q, k = (_laid_out(layout, *sizes, seed=seed).to(dtype) for seed in range(2))
     k = k[:, : (sizes[1] + 2) // 3]  # fewer heads
     for batch in {1, sizes[0]}:
-        cos, sin = _random(2, batch, *sizes[2:], seed=2).detach().to(dtype)
+        cos, sin = random(2, batch, *sizes[2:], seed=2).detach().to(dtype)
         assert rows.rotates(q, k, cos, sin)
         ours, exact = [[t.to(like).requires_grad_() for t in (q, k)] for like in (dtype, torch.float64)]
         found, truth = Rotary.apply(*ours, cos, sin), [rotated(t, cos.double(), sin.double()) for t in exact]
@@ -223,7 +186,7 @@ def test_native_rotation_against_fp64(dtype: torch.dtype, layout: str, sizes: tu
 
 def _laid_out(layout: str, B: int, H: int, T: int, D: int, *, seed: int) -> torch.Tensor:
     """[B, H, T, D], in memory as the name says."""
-    x = _random(B, T, H, D + 2, seed=seed).detach()[..., 1:-1].transpose(1, 2)
+    x = random(B, T, H, D + 2, seed=seed).detach()[..., 1:-1].transpose(1, 2)
     if layout == "a part of a wider tensor":
         return x
     return x.contiguous() if layout == "dense" else x.transpose(1, 2).contiguous().transpose(1, 2)
@@ -307,7 +270,7 @@ def test_norms_that_are_trained_themselves_keep_their_gradients() -> None:
     assert weight.grad is not None
 
 
-@pytest.mark.skipif(bool(native.unavailable()) or not library.fuses(), reason="no tiles here")
+@pytest.mark.skipif(bool(native.unavailable()) or not library.fuses(), reason="nothing is fused here")
 @pytest.mark.parametrize("bias", [False, True])
 def test_plain_linears_on_few_rows(bias: bool) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(64, 97, bias=bias).bfloat16())

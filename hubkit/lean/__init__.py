@@ -18,7 +18,7 @@ __all__ = ["lean"]
 @contextmanager
 def lean(model: Any) -> Iterator[None]:
     """Within the block the model's norms, gates and rotary embedding run leaner: those that prove, on a random input,
-    to be what they are taken for; and plain linears, where tiles do.
+    to be what they are taken for; and plain linears, where `hubkit.ops.native` fuses.
 
     Numbers differ from the model's own by rounding (fp32: 1e-6, bf16: once instead of three times). Without gradients
     a device or dtype that the native library does not know keeps the model's own functions. Proofs are remembered, so

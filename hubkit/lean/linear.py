@@ -18,9 +18,9 @@ FEW = 128  # rows; from here on a product is bound by arithmetic, and torch's is
 
 
 def lean_linears(model: Any) -> AbstractContextManager[None]:
-    """Within the block the model's plain linears in bf16 run on tiles where there are any, on few rows and without
-    gradients."""
-    return swapped(filter(_is_for_tiles, model.modules()), _forward_of)
+    """Within the block the model's plain linears in bf16 run natively where the processor has what that takes, on few
+    rows and without gradients."""
+    return swapped(filter(_is_native, model.modules()), _forward_of)
 
 
 def _forward_of(module: Any) -> Callable[[Tensor], Tensor]:
@@ -37,7 +37,7 @@ def _forward_of(module: Any) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _is_for_tiles(module: nn.Module) -> bool:
+def _is_native(module: nn.Module) -> bool:
     if type(module) is not nn.Linear or native.unavailable() or not library.fuses():
         return False
     return module.weight.dtype is torch.bfloat16 and module.weight.device.type == "cpu"

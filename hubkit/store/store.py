@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from hubkit import strict_json
-from hubkit.errors import HubkitError, IntegrityError, StorageError
+from hubkit.errors import HubkitError, IntegrityError
 from hubkit.faults import explained
 from hubkit.policy import safe_join
 from hubkit.store import files
@@ -207,8 +207,8 @@ class Store:
         return self.views.path(digest)
 
     def _check_format(self) -> None:
-        if self.home.exists() and not self.home.is_dir():
-            raise StorageError(f"{self.home} is no folder.", "Set HUBKIT_HOME to one.")
+        with explained(self.home), suppress(FileNotFoundError):
+            os.stat(os.path.join(self.home, ""))  # which is refused where the home is no folder
         try:
             found = strict_json.parse(files.read_bytes(self.home / "format.json"))
         except FileNotFoundError:

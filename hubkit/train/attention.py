@@ -28,7 +28,8 @@ LONGEST = 192  # tokens; from here on flash attention is as fast, and saves the 
 
 
 def reaches(longest: int, dtype: torch.dtype) -> bool:
-    """Whether a packed batch whose longest sequence is that long can be attended to, and is not slower than padded."""
+    """Whether a packed batch whose longest sequence is that long is attended to as fast as a padded one: natively tried
+    up to 512 tokens."""
     return longest <= LONGEST or (dtype in DTYPES and not unavailable())
 
 

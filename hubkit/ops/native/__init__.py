@@ -50,7 +50,7 @@ class Plan(TrainablePlan):
     def infer(self, x: Tensor, weights: Weights, dropout: Dropout | None = None) -> list[Tensor]:
         if x.dtype is not self.dtype or dropout is not None:
             return self.generic.infer(x, weights, dropout)
-        if self.fused and self._is_for_tiles(x, weights):
+        if self.fused and self._in_one_pass(x, weights):
             return self.fused.forward(x, weights)[0]
         outputs = [linear(x, weight, bias).contiguous() for weight, bias in weights]
         if self.idle or x.numel() == 0:
@@ -91,7 +91,7 @@ class Plan(TrainablePlan):
         products = [outer([S], [rank], dy)[0] for S, rank, dy in zip(kept, ranks, dys, strict=False)]
         return Gradients(dx, none, dA, self._whole(products) if wanted.Bt else none)
 
-    def _is_for_tiles(self, x: Tensor, weights: Weights) -> bool:
+    def _in_one_pass(self, x: Tensor, weights: Weights) -> bool:
         """Whether there is anything to compute, all of it in x's dtype, autocast is off, and torch is not faster."""
         K = self.members.K
         if x.numel() == 0 or (K >= DEEP and x.numel() >= TALL * K) or torch.is_autocast_enabled("cpu"):
@@ -99,9 +99,9 @@ class Plan(TrainablePlan):
         return all(W.dtype is x.dtype and (b is None or b.dtype is x.dtype) for W, b in weights)
 
     def _training(self, x: Tensor, weights: Weights, dropout: Dropout | None, wanted: Wanted) -> Fused | None:
-        """What computes a pass with its gradients, if tiles do; the same for the backward pass as for the forward."""
+        """What computes a pass with its gradients, if it is fused; backward the same as forward."""
         fits = self.fused is not None and x.dtype is self.dtype and dropout is None and not wanted.C
-        return self.fused if self.fused and fits and self.fused.trains and self._is_for_tiles(x, weights) else None
+        return self.fused if self.fused and fits and self.fused.trains and self._in_one_pass(x, weights) else None
 
     def _whole(self, parts: Sequence[Tensor]) -> list[Tensor | None]:
         """Gradients of whole arenas from those of the rows in use."""

@@ -49,7 +49,7 @@ Floats products(const bf16* const* x, const bf16* const* A, int64_t features) {
     return block::sums(held);
 }
 
-// Two batch rows of S for a piece; `last` is written twice where there is one row.
+// Two batch rows of S for a piece, or one, computed twice.
 void shrink_rows(const Work& work, const Piece& piece, const int* rows, int count) {
     int64_t K = piece.part->features;
     int row[2] = {rows[0], rows[count - 1]};
