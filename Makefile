@@ -33,6 +33,7 @@ test: lint
 		|| { [ $$? -eq 1 ] && $(PYTEST) --last-failed --last-failed-no-failures none; }
 
 bench: setup
+	$(BIN)/python -m benchmarks.native
 	$(BIN)/python -m benchmarks.multilora
 	$(BIN)/python -m benchmarks.train
 	$(BIN)/python -m benchmarks.compose

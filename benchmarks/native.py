@@ -1,0 +1,121 @@
+"""The native CPU functions by themselves, beside what torch takes for the same.
+
+    python -m benchmarks.native [--only linears|attention] [--seconds 1.5] [--format human|json]
+
+`linears`: the multi-LoRA linear of rank 16 in bf16, in one pass (where the processor has what that takes) and in two,
+base by torch and deltas natively, beside torch's base product alone. Calls go through a stack of weights that no cache
+holds, as the layers of a model do. `attention`: forward and backward of a layer in training, over the tree of tokens,
+in torch as `hubkit.train` writes it out, and by torch's SDPA on the padded batch. Sides take turns; medians in µs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hubkit.ops import native
+from hubkit.train.attention import CausalAttention, TreeAttention
+from hubkit.train.packing import Packing
+
+RANK = 16
+STACK_BYTES = 200 << 20
+SHAPES = [(576, 576), (576, 3072), (1536, 576), (2048, 2048), (4096, 4096)]
+BATCHES = [(16, 8), (64, 8), (1024, 16)]  # rows, adapters
+SEQUENCES = [(16, 64), (8, 192), (8, 512)]  # how many, of how many tokens
+HEADS, GROUPS, HEAD_SIZE = 9, 3, 64  # of SmolLM2-135M
+
+
+def medians(sides: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+    """Microseconds of each, taking turns for about so long in all."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for run in sides.values():
+        run()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or min(map(len, times.values())) < 3:
+        for name, run in sides.items():
+            began = time.perf_counter()
+            run()
+            times[name].append((time.perf_counter() - began) * 1e6)
+    return {f"{name}_us": round(statistics.median(taken), 1) for name, taken in times.items()}
+
+
+def linear(K: int, N: int, rows: int, adapters: int, seconds: float) -> dict[str, Any]:
+    weights = [(torch.randn(N, K) / K**0.5).bfloat16() for _ in range(max(1, min(60, STACK_BYTES // (2 * K * N))))]
+    x, arena = torch.randn(rows, K).bfloat16(), RANK * adapters
+    A, Bt = (torch.randn(arena, size).bfloat16() * 0.02 for size in (K, N))
+    C = torch.eye(adapters).repeat_interleave(RANK, 1)
+    route = native.route(C, torch.arange(rows) * adapters // rows)
+    one, two = (native.plan([(route, A, Bt)]) for _ in range(2))
+    two.fused = None
+    turn = iter(range(1 << 62))
+
+    def weight() -> Tensor:
+        return weights[next(turn) % len(weights)]
+
+    sides: dict[str, Callable[[], object]] = {
+        "base": lambda: F.linear(x, weight()),
+        "two_passes": lambda: two.infer(x, [(weight(), None)]),
+    }
+    if one.fused:
+        sides["one_pass"] = lambda: one.infer(x, [(weight(), None)])
+    return {"case": f"{K} to {N}", "rows": rows, "adapters": adapters} | medians(sides, seconds)
+
+
+def attention(count: int, tokens: int, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
+    """Sequences that share nothing, so that all sides compute the same."""
+    packing = Packing([[1000 + i] * tokens for i in range(count)])
+    q, k, v, dy = (
+        torch.randn(1, packing.rows, heads, HEAD_SIZE).to(dtype).transpose(1, 2).requires_grad_()
+        for heads in (HEADS, GROUPS, GROUPS, HEADS)
+    )
+    padded = [t.detach().view(t.shape[1], count, tokens, HEAD_SIZE).transpose(0, 1) for t in map(_dense, (q, k, v, dy))]
+    leaves = [t.clone().requires_grad_() for t in padded[:3]]
+
+    def sdpa() -> None:
+        y = F.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=True)
+        torch.autograd.grad(y, leaves, padded[3])
+
+    def own(function: Any, of: Any) -> Callable[[], object]:
+        scale = HEAD_SIZE**-0.5
+        return lambda: torch.autograd.grad(function.apply(q, k, v, scale, of), (q, k, v), dy)
+
+    sides = {"tree": own(TreeAttention, packing.tree), "torch": own(CausalAttention, packing), "sdpa": sdpa}
+    return {"case": f"{count} x {tokens} tokens", "dtype": str(dtype)[6:]} | medians(sides, seconds)
+
+
+def _dense(t: Tensor) -> Tensor:
+    return t.detach()[0].contiguous()[None]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.native", description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", choices=("linears", "attention"))
+    parser.add_argument("--seconds", type=float, default=1.5, help="for each row (default 1.5)")
+    parser.add_argument("--format", choices=("human", "json"), default="human")
+    options = parser.parse_args()
+    if native.unavailable():
+        parser.error(native.unavailable())
+    torch.manual_seed(0)
+    rows = []
+    if options.only != "attention":
+        rows += [linear(K, N, *batch, options.seconds) for K, N in SHAPES for batch in BATCHES]
+    if options.only != "linears":
+        dtypes = (torch.bfloat16, torch.float32)
+        rows += [attention(*sizes, dtype, options.seconds) for sizes in SEQUENCES for dtype in dtypes]
+    if options.format == "json":
+        print(json.dumps({"threads": torch.get_num_threads(), "torch": torch.__version__, "rows": rows}, indent=1))
+    else:
+        for row in rows:
+            print("   ".join(f"{key} {value}" for key, value in row.items()))
+
+
+if __name__ == "__main__":
+    main()
