@@ -14,7 +14,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ RANK = 16
 STACK_BYTES = 200 << 20
 SHAPES = [(576, 576), (576, 3072), (1536, 576), (2048, 2048), (4096, 4096)]
 BATCHES = [(16, 8), (64, 8), (1024, 16)]  # rows, adapters
-SEQUENCES = [(16, 64), (8, 192), (8, 512)]  # how many, of how many tokens
+SEQUENCES = [[64] * 16, range(5, 85, 5), [192] * 8, [512] * 8]  # tokens of each
 HEADS, GROUPS, HEAD_SIZE = 9, 3, 64  # of SmolLM2-135M
 
 
@@ -69,30 +69,25 @@ def linear(K: int, N: int, rows: int, adapters: int, seconds: float) -> dict[str
     return {"case": f"{K} to {N}", "rows": rows, "adapters": adapters} | medians(sides, seconds)
 
 
-def attention(count: int, tokens: int, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
-    """Sequences that share nothing, so that all sides compute the same."""
-    packing = Packing([[1000 + i] * tokens for i in range(count)])
-    q, k, v, dy = (
-        torch.randn(1, packing.rows, heads, HEAD_SIZE).to(dtype).transpose(1, 2).requires_grad_()
-        for heads in (HEADS, GROUPS, GROUPS, HEADS)
-    )
-    padded = [t.detach().view(t.shape[1], count, tokens, HEAD_SIZE).transpose(0, 1) for t in map(_dense, (q, k, v, dy))]
-    leaves = [t.clone().requires_grad_() for t in padded[:3]]
+def attention(lengths: Sequence[int], dtype: torch.dtype, seconds: float) -> dict[str, Any]:
+    """Sequences that share nothing; where their lengths differ, SDPA's are filled up to the longest."""
+    packing = Packing([[1000 + i] * length for i, length in enumerate(lengths)])
+    sizes = (HEADS, GROUPS, GROUPS, HEADS)
+    *packed, dy = (torch.randn(1, packing.rows, n, HEAD_SIZE).to(dtype).transpose(1, 2) for n in sizes)
+    *padded, d = (torch.randn(len(lengths), n, max(lengths), HEAD_SIZE).to(dtype) for n in sizes)
+    leaves = [t.requires_grad_() for t in packed]
+    filled = [t.requires_grad_() for t in padded]
 
     def sdpa() -> None:
-        y = F.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=True)
-        torch.autograd.grad(y, leaves, padded[3])
+        y = F.scaled_dot_product_attention(*filled, is_causal=True, enable_gqa=True)
+        torch.autograd.grad(y, filled, d)
 
     def own(function: Any, of: Any) -> Callable[[], object]:
-        scale = HEAD_SIZE**-0.5
-        return lambda: torch.autograd.grad(function.apply(q, k, v, scale, of), (q, k, v), dy)
+        return lambda: torch.autograd.grad(function.apply(*leaves, HEAD_SIZE**-0.5, of), leaves, dy)
 
     sides = {"tree": own(TreeAttention, packing.tree), "torch": own(CausalAttention, packing), "sdpa": sdpa}
-    return {"case": f"{count} x {tokens} tokens", "dtype": str(dtype)[6:]} | medians(sides, seconds)
-
-
-def _dense(t: Tensor) -> Tensor:
-    return t.detach()[0].contiguous()[None]
+    case = f"{len(lengths)} of {min(lengths)} to {max(lengths)} tokens"
+    return {"case": case, "dtype": str(dtype)[6:]} | medians(sides, seconds)
 
 
 def main() -> None:
@@ -109,7 +104,7 @@ def main() -> None:
         rows += [linear(K, N, *batch, options.seconds) for K, N in SHAPES for batch in BATCHES]
     if options.only != "linears":
         dtypes = (torch.bfloat16, torch.float32)
-        rows += [attention(*sizes, dtype, options.seconds) for sizes in SEQUENCES for dtype in dtypes]
+        rows += [attention(lengths, dtype, options.seconds) for lengths in SEQUENCES for dtype in dtypes]
     if options.format == "json":
         print(json.dumps({"threads": torch.get_num_threads(), "torch": torch.__version__, "rows": rows}, indent=1))
     else:
