@@ -209,23 +209,32 @@ def test_repeats_are_equal_to_the_bit(implementation: str) -> None:
 
 def test_philox_is_the_published_one() -> None:
     """Known answers of Random123's philox4x32-10."""
-    assert int(philox(1, 1, 0, torch.device("cpu"))[0, 0]) == 0x6627E8D5
+    assert philox(1, 4, 0, torch.device("cpu")).tolist() == [[0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]]
 
 
 @pytest.mark.skipif(bool(native.unavailable()), reason=native.unavailable() or "-")
-def test_native_philox_draws_the_same() -> None:
+@pytest.mark.parametrize(("rows", "columns"), [(33, 70), (1, 1), (2, 32), (300, 129)])
+def test_native_dropout_is_that_of_torch(rows: int, columns: int) -> None:
     for seed in (0, 1, 2**63 - 1, 0x1234_5678_9ABC):
-        ours = native.philox(33, 70, seed, torch.device("cpu"))
-        assert torch.equal(ours, philox(33, 70, seed, torch.device("cpu")))
+        for p in (0.0, 0.3, 0.99):
+            dropout = Dropout(p, seed)
+            bits = native.dropout.mask(dropout, rows, columns)
+            mask = dropout.mask(torch.empty(rows, columns))
+            assert torch.equal(bits.repeat_interleave(32, 1)[:, :columns] >> torch.arange(columns) % 32 & 1, mask.int())
+            for dtype in native.DTYPES:
+                x = torch.randn(rows, columns).to(dtype)
+                assert torch.equal(dropout.applied(x), (x.float() * dropout.scale).where(mask, 0).to(dtype))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.9])
 def test_dropout_keeps_its_share_and_the_mean(p: float) -> None:
-    mask = Dropout(p, 4).mask(torch.ones(300, 1000))
-    kept = (mask != 0).double().mean()
+    ones = torch.ones(300, 1000)
+    seen = Dropout(p, 4).applied(ones)
+    kept = (seen != 0).double().mean()
     assert abs(float(kept) - (1 - p)) < 4 * (p * (1 - p) / 3e5) ** 0.5 + 1e-9
-    assert torch.allclose(mask[mask != 0], torch.tensor(1 / (1 - p)))
-    assert not torch.equal(mask, Dropout(p, 5).mask(mask)) or p == 0
+    assert torch.allclose(seen[seen != 0], torch.tensor(1 / (1 - p)))
+    assert not torch.equal(seen, Dropout(p, 5).applied(ones)) or p == 0
+    assert all(0.9 < float((seen[:, k::4] != 0).double().mean()) / (1 - p) < 1.1 for k in range(4))
     for refused in (-0.1, 1.0, float("nan")):
         with pytest.raises(ValueError, match="probability"):
             Dropout(refused, 0)
@@ -272,7 +281,7 @@ def test_dropout_of_the_op_is_that_of_a_masked_input(implementation: str) -> Non
     dropout = Dropout(0.4, 8)
     found = gradients(implementation, case, dropout=dropout)
     delta = found.y - torch.nn.functional.linear(case.x, case.weight)
-    masked = Case(case.x * dropout.mask(case.x), torch.zeros_like(case.weight), *case.arguments[2:])  # type: ignore[arg-type]
+    masked = Case(dropout.applied(case.x), torch.zeros_like(case.weight), *case.arguments[2:])  # type: ignore[arg-type]
     assert error(delta, masked.exact()) < 1e-10
 
 

@@ -133,7 +133,7 @@ class Plan(TrainablePlan):
         if dx is not None and dropout is None:
             _add_product(self._cut(dx), dZ, self.At.mT)
         elif dx is not None and dropout is not None:
-            dx += (dZ @ self.At.mT).view(dx.shape).mul_(dropout.mask(x))
+            dx += dropout.applied((dZ @ self.At.mT).view(dx.shape))
         return Gradients(dx, dC, dA, dBt)
 
     def _cut(self, x: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ def plan(members: Sequence[tuple[Route, Tensor, Tensor]]) -> Plan:
 
 def _seen(x: Tensor, dropout: Dropout | None) -> Tensor:
     """What of x reaches the branches."""
-    return x if dropout is None else x * dropout.mask(x)
+    return x if dropout is None else dropout.applied(x)
 
 
 def _add_product(y: Tensor, S: Tensor, B: Tensor) -> None:

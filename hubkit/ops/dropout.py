@@ -16,8 +16,8 @@ KEYS = 0x9E3779B9, 0xBB67AE85
 class Dropout:
     """Each element of x [M, K] reaches the branches with probability 1 - p, divided by that, as in peft.
 
-    Element (m, k) is kept if the upper 31 bits of the first word of Philox-4x32-10 (Salmon et al., SC 2011), under the
-    key `seed` at the counter (k, m, 0, 0), are below `threshold`. So a mask depends on seed and place alone: every
+    Element (m, k) is kept if the upper 31 bits of word k % 4 of Philox-4x32-10 (Salmon et al., SC 2011), under the
+    key `seed` at the counter (k // 4, m, 0, 0), are below `threshold`. So a mask depends on seed and place alone: every
     implementation and device draws the same. Linears that read the same input share one mask.
     """
 
@@ -38,22 +38,29 @@ class Dropout:
     def scale(self) -> float:
         return 1 / (1 - self.p)
 
-    def mask(self, x: Tensor) -> Tensor:
-        """Of x's shape and dtype: `scale` where an element is kept, else 0. The leading dimensions of x count up the
-        rows m."""
+    def applied(self, x: Tensor) -> Tensor:
+        """x as it reaches the branches, of its shape and dtype. The leading dimensions of x count up the rows m. Applied
+        to the gradient of what reaches the branches, it gives that of x."""
         from hubkit.ops import native  # which stands on this module
 
+        if x.device.type == "cpu" and x.dtype in native.DTYPES and not native.unavailable():
+            K = x.shape[-1]
+            rows = x.numel() // K if K else 0
+            return native.dropout.drop(x, native.dropout.mask(self, rows, K), self.scale)
+        return (x * self.scale).where(self.mask(x), 0)
+
+    def mask(self, x: Tensor) -> Tensor:
+        """bool of x's shape: which elements are kept."""
         K = x.shape[-1]
         rows = x.numel() // K if K else 0
-        drawn = philox if native.unavailable() or x.device.type != "cpu" else native.philox
-        kept = drawn(rows, K, self.seed, x.device) >> 1 < self.threshold
-        return (kept * self.scale).to(x.dtype).view(x.shape)
+        return (philox(rows, K, self.seed, x.device) >> 1 < self.threshold).view(x.shape)
 
 
 def philox(rows: int, columns: int, seed: int, device: torch.device) -> Tensor:
-    """[rows, columns] int64: the first word of Philox-4x32-10, key `seed`, counter (column, row, 0, 0)."""
-    zero = torch.zeros(rows, columns, dtype=torch.int64, device=device)
-    c0 = zero + torch.arange(columns, device=device)
+    """[rows, columns] int64: Philox-4x32-10 under the key `seed`, column k being word k % 4 of counter (k // 4, row, 0, 0)."""
+    blocks = -(-columns // 4)
+    zero = torch.zeros(rows, blocks, dtype=torch.int64, device=device)
+    c0 = zero + torch.arange(blocks, device=device)
     c1 = zero + torch.arange(rows, device=device)[:, None]
     c2, c3 = zero, zero
     k0, k1 = seed & WORD, seed >> 32
@@ -62,4 +69,4 @@ def philox(rows: int, columns: int, seed: int, device: torch.device) -> Tensor:
         c0, c1 = ((b >> 32) & WORD) ^ c1 ^ k0, b & WORD
         c2, c3 = ((a >> 32) & WORD) ^ c3 ^ k1, a & WORD
         k0, k1 = (k0 + KEYS[0]) & WORD, (k1 + KEYS[1]) & WORD
-    return c0
+    return torch.stack([c0, c1, c2, c3], -1).flatten(1)[:, :columns]

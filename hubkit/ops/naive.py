@@ -34,7 +34,7 @@ def multilora_linear(
     """
     y = linear(x, weight, bias)
     wide = torch.promote_types(C.dtype, x.dtype)
-    seen = x.to(wide) if dropout is None else x.to(wide) * dropout.mask(x.to(wide))
+    seen = x.to(wide) if dropout is None else (x.to(wide) * dropout.scale).where(dropout.mask(x), 0)
     read = C != 0 if active is None else active
     for g in group.unique().tolist():
         rows = (group == g).nonzero().squeeze(1)

@@ -51,7 +51,9 @@ def kept(m, k, seed, threshold):
     """[BM, BK] whether dropout lets elements (m, k) through: `hubkit.ops.dropout`."""
     column = (m * 0)[:, None] + k[None, :]
     row = m[:, None] + (k * 0)[None, :]
-    word, _, _, _ = tl.philox(seed, column, row, column * 0, column * 0)
+    w0, w1, w2, w3 = tl.philox(seed, column // 4, row, column * 0, column * 0)
+    which = column % 4
+    word = tl.where(which < 2, tl.where(which == 0, w0, w1), tl.where(which == 2, w2, w3))
     return (word >> 1).to(tl.int32) < threshold
 
 

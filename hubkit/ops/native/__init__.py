@@ -18,21 +18,15 @@ from torch.nn.functional import linear
 from hubkit.ops import cpu
 from hubkit.ops.autograd import Gradients, TrainablePlan, Wanted, Weights
 from hubkit.ops.dropout import Dropout
+from hubkit.ops.native import dropout as dropout
 from hubkit.ops.native import library
-from hubkit.ops.native.fused import PIECE, Fused, outer
+from hubkit.ops.native.fused import PIECE, Fused
 from hubkit.ops.native.library import DTYPES, function, unavailable
 from hubkit.ops.native.members import Members, Pointers, Route
 
-__all__ = ["DTYPES", "Plan", "Route", "philox", "plan", "route", "unavailable"]
+__all__ = ["DTYPES", "Plan", "Route", "dropout", "plan", "route", "unavailable"]
 
 DEEP, TALL = 3072, 128  # products of at least that K and M that torch's blocking suits better (docs/kernel.md)
-
-
-def philox(rows: int, columns: int, seed: int, device: torch.device) -> Tensor:
-    """As `hubkit.ops.dropout.philox`; on the CPU alone, and only where there is a library."""
-    out = torch.empty(rows, columns, dtype=torch.int64, device=device)
-    function("philox")(out.data_ptr(), rows, columns, seed)
-    return out
 
 
 class Plan(TrainablePlan):
@@ -48,10 +42,12 @@ class Plan(TrainablePlan):
         self._delta, self._outputs = function("delta"), Pointers(len(members))
 
     def infer(self, x: Tensor, weights: Weights, dropout: Dropout | None = None) -> list[Tensor]:
-        if x.dtype is not self.dtype or dropout is not None:
+        if x.dtype is not self.dtype:
             return self.generic.infer(x, weights, dropout)
         if self.fused and self._in_one_pass(x, weights):
-            return self.fused.forward(x, weights)[0]
+            return self.fused.forward(x, weights, dropout)[0]
+        if dropout is not None:
+            return self.generic.infer(x, weights, dropout)
         outputs = [linear(x, weight, bias).contiguous() for weight, bias in weights]
         if self.idle or x.numel() == 0:
             return outputs
@@ -65,10 +61,10 @@ class Plan(TrainablePlan):
     def forward(
         self, x: Tensor, weights: Weights, dropout: Dropout | None, wanted: Wanted
     ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-        fused = self._training(x, weights, dropout, wanted)
+        fused = self._training(x, weights, wanted)
         if fused is None:
             return self.generic.forward(x, weights, dropout, wanted)
-        return fused.forward(x, weights, keep=wanted.Bt)
+        return fused.forward(x, weights, dropout, keep=wanted.Bt)
 
     def backward(
         self,
@@ -79,17 +75,12 @@ class Plan(TrainablePlan):
         kept: tuple[Tensor, ...],
         dys: Sequence[Tensor],
     ) -> Gradients:
-        fused = self._training(x, weights, dropout, wanted)
+        fused = self._training(x, weights, wanted)
         if fused is None:
             return self.generic.backward(x, weights, dropout, wanted, kept, dys)
-        ranks = [len(route.cols) for route in self.members.routes]
-        x, dys = x.contiguous(), [dy.contiguous() for dy in dys]
-        dx = torch.empty_like(x) if wanted.x else None
-        Z = fused.gradient(dys, weights, dx, x.numel() // self.members.K)
+        dx, dA, dBt = fused.backward(x, weights, dropout, dys, wanted, kept)
         none: list[Tensor | None] = [None] * len(dys)
-        dA = self._whole(outer(Z, ranks, x)) if wanted.A else none
-        products = [outer([S], [rank], dy)[0] for S, rank, dy in zip(kept, ranks, dys, strict=False)]
-        return Gradients(dx, none, dA, self._whole(products) if wanted.Bt else none)
+        return Gradients(dx, none, self._whole(dA) if wanted.A else none, self._whole(dBt) if wanted.Bt else none)
 
     def _in_one_pass(self, x: Tensor, weights: Weights) -> bool:
         """Whether there is anything to compute, all of it in x's dtype, autocast is off, and torch is not faster."""
@@ -98,25 +89,29 @@ class Plan(TrainablePlan):
             return False
         return all(W.dtype is x.dtype and (b is None or b.dtype is x.dtype) for W, b in weights)
 
-    def _training(self, x: Tensor, weights: Weights, dropout: Dropout | None, wanted: Wanted) -> Fused | None:
+    def _training(self, x: Tensor, weights: Weights, wanted: Wanted) -> Fused | None:
         """What computes a pass with its gradients, if it is fused; backward the same as forward."""
-        fits = self.fused is not None and x.dtype is self.dtype and dropout is None and not wanted.C
-        return self.fused if self.fused and fits and self.fused.trains and self._in_one_pass(x, weights) else None
+        fits = self.fused is not None and self.fused.trains and x.dtype is self.dtype and not wanted.C
+        return self.fused if fits and self._in_one_pass(x, weights) else None
 
     def _whole(self, parts: Sequence[Tensor]) -> list[Tensor | None]:
-        """Gradients of whole arenas from those of the rows in use."""
-        found: list[Tensor | None] = []
-        for part, route in zip(parts, self.members.routes, strict=True):
-            rows = route.C.shape[1]
-            found.append(
-                part if len(part) == rows else part.new_zeros(rows, part.shape[1]).index_copy_(0, route.cols, part)
-            )
-        return found
+        """Gradients of whole arenas from those of the rows in use; a row that several groups use gets the sum."""
+        return [
+            part if route.alone and len(part) == route.C.shape[1] else _summed(part, route) for part, route in zip(parts, self.members.routes, strict=True)
+        ]
 
     @cached_property
     def generic(self) -> cpu.Plan:
         members = zip(self.members.routes, self.leaves, strict=True)
         return cpu.Plan([(route.generic, A, Bt) for route, (_, A, Bt) in members])
+
+
+def _summed(part: Tensor, route: Route) -> Tensor:
+    rows = route.C.shape[1]
+    if route.alone:
+        return part.new_zeros(rows, part.shape[1]).index_copy_(0, route.cols, part)
+    whole = part.new_zeros(rows, part.shape[1], dtype=torch.float32)
+    return whole.index_add_(0, route.cols, part.float()).to(part.dtype)
 
 
 def route(C: Tensor, group: Tensor | None, active: Tensor | None = None) -> Route:

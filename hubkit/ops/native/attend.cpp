@@ -136,7 +136,5 @@ extern "C" __attribute__((visibility("default"))) void hubkit_attend(
         attend_all((P)q, (P)k, (P)v, seen, (P)y, Shape{B, H, groups, length, D}, {qb, qh, 0}, {kb, kh, kt},
                    {vb, vh, vt}, scale);
     };
-    if (dtype == 0) run((float*)nullptr);
-    if (dtype == 1) run((bfloat16*)nullptr);
-    if (dtype == 2) run((float16*)nullptr);
+    typed(dtype, run);
 }

@@ -88,6 +88,16 @@ inline Floats sums(Floats v[SIDE]) {
 inline __mmask16 first(int64_t count) { return count > 0 ? (1 << count) - 1 : 0; }
 #endif
 
+// Those of `mask`, the others zero.
+inline Floats those(uint16_t mask, Floats v) {
+#if HUBKIT_AVX512
+    return (Floats)_mm512_maskz_mov_ps(mask, (__m512)v);
+#else
+    for (int i = 0; i < SIDE; i++) v[i] = mask >> i & 1 ? v[i] : 0.0f;
+    return v;
+#endif
+}
+
 // 16 numbers, those from `count` on zero.
 inline Floats widen(const bf16* p, int64_t count) {
 #if HUBKIT_AVX512

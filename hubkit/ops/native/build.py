@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SOURCES = tuple(HERE / f"{name}.cpp" for name in ("attend", "delta", "fused", "outer", "philox", "rows", "tree"))
+SOURCES = tuple(HERE / f"{name}.cpp" for name in ("attend", "delta", "dropout", "fused", "outer", "rows", "tree"))
 HEADERS = tuple(sorted(HERE.glob("*.h")))
 FLAGS = "-std=c++17 -O3 -march=native -fPIC -fopenmp -fvisibility=hidden".split()
 LIBRARY = "hubkit.so"

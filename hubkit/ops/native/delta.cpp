@@ -230,7 +230,5 @@ template <class T> void run(const Member* members, void* const* y, int64_t count
 // x [M, K] and each y [M, N], contiguous; dtype of x, y and all factors: 0 fp32, 1 bf16, 2 fp16.
 extern "C" __attribute__((visibility("default"))) void hubkit_delta(
     const Member* members, void* const* y, int64_t count, const void* x, int64_t M, int64_t K, int64_t dtype) {
-    if (dtype == 0) run(members, y, count, (const float*)x, M, K);
-    if (dtype == 1) run(members, y, count, (const bfloat16*)x, M, K);
-    if (dtype == 2) run(members, y, count, (const float16*)x, M, K);
+    typed(dtype, [=](auto* t) { run(members, y, count, (decltype(t))x, M, K); });
 }

@@ -21,11 +21,10 @@ namespace {
 
 void pair_up(const Call& call, const Work& work, int64_t t) {
     bf16* to = work.x + t * SIDE * call.features;
-    for (int64_t i = 0; i < call.inputs; i++) {
-        const Part& part = call.parts[i];
-        const bf16* from = part.x + (work.first + t * SIDE) * part.features;
-        for (int64_t k = 0; k < part.features; k += DEPTH, to += BF16S)
-            tile::pair(from + k, part.features, work.rows - t * SIDE, to);
+    for (const Input& input : call.inputs) {
+        const bf16* from = input.x + (work.first + t * SIDE) * input.features;
+        for (int64_t k = 0; k < input.features; k += DEPTH, to += BF16S)
+            tile::pair(from + k, input.features, work.rows - t * SIDE, to);
     }
 }
 
@@ -57,38 +56,42 @@ void run(const Call& call) {
 // Whether this process may use what this is compiled for, and that is worth it.
 EXPORTED int64_t hubkit_fused_allowed() { return allowed(); }
 
-// bf16 x [M, K], weights [N, K], biases [N] or null, y [M, N], contiguous; K a multiple of 32. S: null, or for each
-// linear where to put S^T [ranks, padded], if its route is of one group.
+// bf16 x [M, K], weights [N, K], biases [N] or null, y [M, N], contiguous; K a multiple of 32. seen: what reaches the
+// adapters, x or what dropout leaves of it. S: null, or for each linear where to put S^T [entries of its route, padded].
 EXPORTED void hubkit_fused(const Member* members, const bf16* const* weights, const bf16* const* biases,
-                           bf16* const* y, bf16* const* S, int64_t padded, int64_t count, const bf16* x, int64_t M,
-                           int64_t K, int64_t threads) {
+                           bf16* const* y, bf16* const* S, int64_t padded, int64_t count, const bf16* x,
+                           const bf16* seen, int64_t M, int64_t K, int64_t threads) {
     thread_local Call call;
-    call.parts.clear(), call.outputs.clear();
+    Input whole = {x, K, 0}, rest = {seen, K, SHRINKS_PAIRS && seen != x ? K : 0};
+    call.inputs.assign(1, whole), call.parts.clear(), call.outputs.clear();
+    if (rest.offset) call.inputs.push_back(rest);
     for (int64_t i = 0; i < count; i++)
-        call.parts.push_back({x, weights[i], (const bf16*)members[i].A, (const bf16*)members[i].Bt, K, members[i].N, 0,
-                              &members[i].route, S ? S[i] : nullptr});
+        call.parts.push_back({whole, rest, weights[i], (const bf16*)members[i].A, (const bf16*)members[i].Bt,
+                              members[i].N, &members[i].route, S ? S[i] : nullptr});
     for (int64_t i = 0; i < count; i++)
         call.outputs.push_back({y[i], biases[i], members[i].N, &call.parts[i], &call.parts[i] + 1});
-    call.inputs = 1, call.features = K, call.M = M, call.padded = padded, call.threads = threads, call.turned = false;
+    call.features = K + rest.offset, call.M = M, call.padded = padded, call.threads = threads, call.turned = false;
+    call.dropped = {};
     run(call);
 }
 
 // dx [M, K] (null: only Z) from dy [M, N] of each linear; K and every N a multiple of 32. Z: for each linear where to
-// put Z^T [ranks, padded], Z = (dy Bt^T) * C, its route being of one group.
+// put Z^T [entries of its route, padded], Z = (dy Bt^T) * C. bits, scale: of the dropout that Z A goes back through.
 EXPORTED void hubkit_fused_gradient(const Member* members, const bf16* const* weights, const bf16* const* dy,
                                     bf16* const* Z, int64_t padded, int64_t count, bf16* dx, int64_t M, int64_t K,
-                                    int64_t threads) {
+                                    const uint32_t* bits, float scale, int64_t threads) {
     thread_local Call call;
-    call.parts.clear(), call.outputs.clear();
+    call.inputs.clear(), call.parts.clear(), call.outputs.clear();
     int64_t features = 0;
     for (int64_t i = 0; i < count; i++) {
-        int64_t N = members[i].N;
-        call.parts.push_back({dy[i], weights[i], (const bf16*)members[i].Bt, (const bf16*)members[i].A, N, K, features,
+        Input input = {dy[i], members[i].N, features};
+        call.inputs.push_back(input);
+        call.parts.push_back({input, input, weights[i], (const bf16*)members[i].Bt, (const bf16*)members[i].A, K,
                               &members[i].route, Z[i]});
-        features += N;
+        features += input.features;
     }
     call.outputs.push_back({dx, nullptr, K, call.parts.data(), call.parts.data() + count});
-    call.inputs = count, call.features = features, call.M = M, call.padded = padded, call.threads = threads;
-    call.turned = true;
+    call.features = features, call.M = M, call.padded = padded, call.threads = threads, call.turned = true;
+    call.dropped = {bits, scale};
     run(call);
 }

@@ -20,12 +20,19 @@ constexpr int64_t TILES = 32;         // of batch rows in a task
 constexpr int64_t FEW = 2;            // panels of a task that has a single tile of batch rows
 constexpr int64_t SMALL = 1 << 20;    // multiplications that are not worth waking other threads for
 
-// What one linear adds to an output: x W^T + ((x A^T) * C) Bt, or with W turned.
+// A matrix of batch rows. offset: of its features among those of all inputs
+struct Input {
+    const bf16* x;
+    int64_t features, offset;
+};
+
+// What one linear adds to an output: x W^T + ((seen A^T) * C) Bt, or with W turned; seen: x, or what dropout leaves of it.
 struct Part {
-    const bf16 *x, *W, *A, *Bt;
-    int64_t features, columns, offset;  // offset: of its features among those of all inputs
+    Input x, seen;
+    const bf16 *W, *A, *Bt;
+    int64_t columns;
     const Route* route;
-    bf16* S;  // [ranks, padded rows] to keep, of a lone group, or null
+    bf16* S;  // [entries of the route, padded rows] to keep, zero where a row is not of an entry's group; or null
 };
 
 struct Output {
@@ -35,11 +42,19 @@ struct Output {
     const Part *begin, *end;
 };
 
+// Dropout of what is added to an output: what bits [M, columns / 32] (null: none) let through, times scale.
+struct Dropped {
+    const uint32_t* bits;
+    float scale;
+};
+
 struct Call {
+    std::vector<Input> inputs;  // those that are read in pairs, by their offsets
     std::vector<Part> parts;
     std::vector<Output> outputs;
-    int64_t inputs, features, M, padded, threads;  // the first `inputs` parts read different ones; padded: of kept S
-    bool turned;                                   // W [features, columns]
+    int64_t features, M, padded, threads;  // features: of all inputs; padded: of kept S
+    bool turned;                           // W [features, columns]
+    Dropped dropped;
 };
 
 // Up to 16 arena rows of one group, for a tile of batch rows.
@@ -74,7 +89,7 @@ template <class T> T* lined(std::vector<T>& room, int64_t size) {  // at a cache
 // What a slab of rows needs; kept between calls of a thread, so that a decode step allocates nothing.
 struct Work {
     std::vector<bf16> x_room, S_room;
-    std::vector<int32_t> group;
+    std::vector<int32_t> groups;  // of each part of an output, for each row
     std::vector<Piece> pieces;
     std::vector<int64_t> starts;  // pieces of output i and tile t: [starts[i * tiles + t], starts[i * tiles + t + 1])
     std::vector<Shrink> shrinks;
@@ -96,12 +111,14 @@ struct Work {
 
     // The pieces of an output, tile of rows by tile.
     void cut(const Output& output) {
+        groups.resize((output.end - output.begin) * rows);
         for (int64_t t = 0; t < tiles; t++) {
             starts.push_back(pieces.size());
             int64_t base = pages;
             for (const Part* part = output.begin; part < output.end; part++) {
-                if (part->route->rows && (t == 0 || output.end - output.begin > 1)) find_groups(*part->route);
-                cut_tile(*part, t, base);
+                int32_t* group = groups.data() + (part - output.begin) * rows;
+                if (part->route->rows && t == 0) find_groups(*part->route, group);
+                cut_tile(*part, group, t, base);
                 // j / SIDE grows by one at least in a group of more than one page, g by one from group to group
                 base += part->route->groups + part->route->col_start[part->route->groups] / SIDE + 1;
             }
@@ -109,14 +126,14 @@ struct Work {
         }
     }
 
-    void find_groups(const Route& route) {
-        group.assign(rows, 0);
+    void find_groups(const Route& route, int32_t* group) {
+        std::fill(group, group + rows, 0);
         for (int64_t g = 0; g < route.groups; g++)
             for (int64_t r = route.row_start[g]; r < route.row_start[g + 1]; r++)
                 if (route.rows[r] >= first && route.rows[r] < first + rows) group[route.rows[r] - first] = g;
     }
 
-    void cut_tile(const Part& part, int64_t t, int64_t base) {
+    void cut_tile(const Part& part, const int32_t* group, int64_t t, int64_t base) {
         const Route& route = *part.route;
         int64_t left = std::min<int64_t>(SIDE, rows - t * SIDE);
         for (uint32_t open = (1u << left) - 1; open;) {
@@ -135,7 +152,7 @@ struct Work {
     void share_out_shrinks() {
         shrinks.clear();
         for (const Piece& piece : pieces) {
-            int64_t features = piece.part->features, i = int64_t(shrinks.size()) - 1;
+            int64_t features = piece.part->x.features, i = int64_t(shrinks.size()) - 1;
             // the parts of an output follow each other in every tile of rows
             for (int64_t seen = 0; i >= 0 && seen < 4; i--, seen++)
                 if (shrinks[i].features == features && shrinks[i].count < 4) break;
@@ -186,7 +203,7 @@ void turn(const Call& call, const Task& task, std::vector<bf16>& kept) {
     bf16* to = lined(kept, panels(task) * PANEL * call.features);
     for (int64_t n = task.begin; n < task.end; n += PANEL)
         for (const Part& part : call.parts)
-            for (int64_t k = 0; k < part.features; k += DEPTH, to += 2 * BF16S) {
+            for (int64_t k = 0; k < part.x.features; k += DEPTH, to += 2 * BF16S) {
                 tile::turn(part.W + k * part.columns + n, part.columns, to);
                 tile::turn(part.W + k * part.columns + n + SIDE, part.columns, to + BF16S);
             }
@@ -195,9 +212,9 @@ void turn(const Call& call, const Task& task, std::vector<bf16>& kept) {
 Weights weights(const Call& call, const Part& part, const Task& task, int64_t n, std::vector<bf16>& kept) {
     if (call.turned) {
         bf16* panel = lined(kept, 0) + (n - task.begin) * call.features;
-        return {panel + part.offset * PANEL, PANEL, BF16S, tile::ROW};
+        return {panel + part.x.offset * PANEL, PANEL, BF16S, tile::ROW};
     }
-    int64_t K = part.features, left = part.columns - n;
+    int64_t K = part.x.features, left = part.columns - n;
     return {left < PANEL ? padded(part.W + n * K, left, K, kept) : part.W + n * K, 1, SIDE * K, 2 * K};
 }
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from hubkit.ops.autograd import Weights
+from hubkit.ops.autograd import Wanted, Weights
+from hubkit.ops.dropout import Dropout
+from hubkit.ops.native.dropout import drop, mask
 from hubkit.ops.native.library import function
 from hubkit.ops.native.members import Members, Pointers
 
@@ -25,55 +28,88 @@ class Fused:
         self._forward, self._gradient = function("fused"), function("fused_gradient")
         self._weights, self._biases, self._outputs, self._S = (Pointers(len(members)) for _ in range(4))
 
-    @property
+    @cached_property
     def trains(self) -> bool:
-        """Whether there are gradients: all rows in one group, which uses something of every linear."""
-        members = self._members
-        whole = all(N % PIECE == 0 for N in members.N)
-        return whole and members.M is None and all(len(route.cols) for route in members.routes)
+        """Whether there are gradients: rows use something of every linear."""
+        return all(N % PIECE == 0 for N in self._members.N) and all(self.ranks)
 
-    def forward(self, x: Tensor, weights: Weights, *, keep: bool = False) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-        """y [..., N] of each linear; and to keep for gradients, Sᵀ [ranks, rows] of each, both filled up with zeros."""
+    @cached_property
+    def ranks(self) -> list[int]:
+        """How many arena rows each linear's groups use, together."""
+        return [len(route.cols) for route in self._members.routes]
+
+    def forward(
+        self, x: Tensor, weights: Weights, dropout: Dropout | None = None, *, keep: bool = False
+    ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        """y [..., N] of each linear; and to keep for gradients, Sᵀ [ranks, rows] of each, both filled up with zeros,
+        as are rows of other groups than an arena row's."""
         members, x = self._members, x.contiguous()
         M = members.check(x, [weight.size(0) for weight, _ in weights])
         held = [(weight.contiguous(), None if bias is None else bias.contiguous()) for weight, bias in weights]
         outputs = [x.new_empty(*x.shape[:-1], N) for N in members.N]
+        seen = x if dropout is None else drop(x, mask(dropout, M, members.K), dropout.scale)
         S = self._sums(x, M) if keep else ()
         matrices, biases = zip(*held, strict=True)
         self._forward(
             members.address, self._weights.fill(matrices), self._biases.fill(biases), self._outputs.fill(outputs),
-            self._S.fill(S) if keep else None, _padded(M), len(members), x.data_ptr(), M, members.K,
+            self._S.fill(S) if keep else None, _padded(M), len(members), x.data_ptr(), seen.data_ptr(), M, members.K,
             torch.get_num_threads(),
         )  # fmt: skip
         return outputs, S
 
-    def gradient(self, dys: Sequence[Tensor], weights: Weights, dx: Tensor | None, M: int) -> tuple[Tensor, ...]:
-        """Writes dx [..., K], if it is wanted; Zᵀ [ranks, rows] of each linear as in `forward`, Z = (dy Btᵀ) ⊙ C."""
+    def backward(
+        self, x: Tensor, weights: Weights, dropout: Dropout | None, dys: Sequence[Tensor], wanted: Wanted,
+        S: Sequence[Tensor],
+    ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:  # fmt: skip
+        """dx [..., K], and of each linear dA [ranks, K] and dBt [ranks, N] of the arena rows in use; S as `forward`
+        kept it."""
+        members, x, dys = self._members, x.contiguous(), [dy.contiguous() for dy in dys]
+        M = x.numel() // members.K
+        dx = torch.empty_like(x) if wanted.x else None
+        bits = None if dropout is None else mask(dropout, M, members.K)
+        Z = self._gradient_of_x(weights, dropout, bits, dys, dx, M)
+        seen = x if dropout is None or bits is None or not wanted.A else drop(x, bits, dropout.scale)
+        dA = self._outer(range(len(Z)), Z, seen) if wanted.A else []
+        dBt = [self._outer([i], S[i : i + 1], dy)[0] for i, dy in enumerate(dys)] if wanted.Bt else []
+        return dx, dA, dBt
+
+    def _gradient_of_x(
+        self, weights: Weights, dropout: Dropout | None, bits: Tensor | None, dys: Sequence[Tensor], dx: Tensor | None,
+        M: int,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """Writes dx, if it is wanted; Zᵀ [ranks, rows] of each linear as in `forward`, Z = (dy Btᵀ) ⊙ C."""
         members = self._members
         held = [weight.contiguous() for weight, _ in weights]
         Z = self._sums(dys[0], M)
         self._gradient(
             members.address, self._weights.fill(held), self._outputs.fill(dys), self._S.fill(Z), _padded(M),
-            len(members), None if dx is None else dx.data_ptr(), M, members.K, torch.get_num_threads(),
+            len(members), None if dx is None else dx.data_ptr(), M, members.K,
+            None if bits is None else bits.data_ptr(), 1.0 if dropout is None else dropout.scale,
+            torch.get_num_threads(),
         )  # fmt: skip
         return Z
 
     def _sums(self, like: Tensor, M: int) -> tuple[Tensor, ...]:
-        ranks = [-(-len(route.cols) // PAGE) * PAGE for route in self._members.routes]
+        ranks = [-(-rank // PAGE) * PAGE for rank in self.ranks]
         return like.new_zeros(sum(ranks), _padded(M)).split(ranks)
 
+    def _outer(self, which: Sequence[int], S: Sequence[Tensor], x: Tensor) -> list[Tensor]:
+        """S x [rank, N] of Sᵀ [rank and more, rows and more] of each of these linears over the rows of x [..., N]."""
+        N = x.size(-1)
+        M, count = x.numel() // N, len(which)
+        ranks = [self.ranks[i] for i in which]
+        found = [x.new_empty(rank, N) for rank in ranks]
+        sizes = (ctypes.c_int64 * count)(*ranks)
+        pointers = Pointers(count), Pointers(count), Pointers(count)
+        function("outer")(
+            pointers[0].fill(S), pointers[1].fill(found), ctypes.addressof(sizes),
+            pointers[2].fill([self._spans[i] for i in which]), count, x.data_ptr(), M, N, _padded(M),
+        )  # fmt: skip
+        return found
 
-def outer(S: Sequence[Tensor], ranks: Sequence[int], x: Tensor) -> list[Tensor]:
-    """S x [rank, N] of each Sᵀ [rank and more, rows and more] over the rows of x [..., N]."""
-    N = x.size(-1)
-    M = x.numel() // N
-    found = [x.new_empty(rank, N) for rank in ranks]
-    sizes = (ctypes.c_int64 * len(ranks))(*ranks)
-    pointers = Pointers(len(S)), Pointers(len(S))
-    function("outer")(
-        pointers[0].fill(S), pointers[1].fill(found), ctypes.addressof(sizes), len(S), x.data_ptr(), M, N, _padded(M)
-    )
-    return found
+    @cached_property
+    def _spans(self) -> list[Tensor | None]:
+        return [route.spans(PAGE, PIECE) for route in self._members.routes]
 
 
 def _padded(M: int) -> int:

@@ -11,6 +11,7 @@
 namespace {
 
 using tile::allowed, tile::Registers;
+constexpr bool SHRINKS_PAIRS = true;
 
 constexpr int64_t PAGES = 64;  // of arena rows that a thread keeps transposed
 
@@ -19,7 +20,7 @@ struct Desk {
     std::vector<bf16> arena_room, page_room, weight_room;
     bf16* slots = nullptr;      // transposed pages, for the columns of a task
     std::vector<int64_t> tags;  // which page lies in each slot
-    alignas(64) float sums[4 * FLOATS];
+    alignas(64) float sums[4 * FLOATS], added[4 * FLOATS];
 };
 
 struct Rows {
@@ -29,7 +30,7 @@ struct Rows {
 
 // A piece's rows of A: where they lie, if that is 16 in a row, else copied together.
 Rows arena_rows(const Piece& piece, bf16* room) {
-    int64_t K = piece.part->features;
+    int64_t K = piece.part->x.features;
     bool whole = piece.count == SIDE;
     for (int64_t j = 1; j < piece.count; j++) whole &= piece.cols[j] == piece.cols[0] + j;
     if (whole) return {piece.part->A + piece.cols[0] * K, 2 * K};
@@ -62,7 +63,7 @@ void shrink(const Call& call, const Work& work, const Shrink& task, Desk& desk) 
     for (int64_t i = 0; i < 4; i++) {
         const Piece& piece = *task.pieces[std::min(i, count - 1)];
         a[i] = i < count ? arena_rows(piece, room + i * SIDE * K) : a[i - 1];
-        x[i] = work.x + (piece.tile * call.features + piece.part->offset) * SIDE;
+        x[i] = work.x + (piece.tile * call.features + piece.part->seen.offset) * SIDE;
     }
     tile::zero<0>(), tile::zero<1>(), tile::zero<2>(), tile::zero<3>();
     for (int64_t k = 0; k < K; k += DEPTH) {
@@ -75,6 +76,16 @@ void shrink(const Call& call, const Work& work, const Shrink& task, Desk& desk) 
     tile::store<0>(sums), tile::store<1>(sums + FLOATS), tile::store<2>(sums + 2 * FLOATS);
     tile::store<3>(sums + 3 * FLOATS);
     for (int64_t i = 0; i < count; i++) finish_shrink(call, work, *task.pieces[i], sums + i * FLOATS);
+}
+
+template <int ROWS> void zero() {
+    tile::zero<0>(), tile::zero<1>();
+    if (ROWS == 2) tile::zero<2>(), tile::zero<3>();
+}
+
+template <int ROWS> void store(float* sums) {
+    tile::store<0>(sums), tile::store<1>(sums + FLOATS);
+    if (ROWS == 2) tile::store<2>(sums + 2 * FLOATS), tile::store<3>(sums + 3 * FLOATS);
 }
 
 // Registers 0 to 3: columns n and n + 16 of y for a tile of rows, and for the next one if there are two.
@@ -125,20 +136,23 @@ void panel(const Call& call, const Work& work, const Task& task, int64_t t, int6
     const Piece* pieces = work.pieces.data();
     const int64_t* starts = work.starts.data() + task.number * work.tiles + t;
     int64_t row = call.features * SIDE;
-    tile::zero<0>(), tile::zero<1>();
-    if (ROWS == 2) tile::zero<2>(), tile::zero<3>();
+    zero<ROWS>();
     for (const Part* part = output.begin; part < output.end; part++)
-        product<ROWS>(weights(call, *part, task, n, desk.weight_room), work.x + t * row + part->offset * SIDE, row, part->features);
+        product<ROWS>(weights(call, *part, task, n, desk.weight_room), work.x + t * row + part->x.offset * SIDE, row,
+                      part->x.features);
+    if (call.dropped.bits) store<ROWS>(desk.sums), zero<ROWS>();
     expand<0>(pieces + starts[0], pieces + starts[1], task, n, desk);
     if (ROWS == 2) expand<2>(pieces + starts[1], pieces + starts[2], task, n, desk);
-    float* sums = desk.sums;
-    tile::store<0>(sums), tile::store<1>(sums + FLOATS);
-    if (ROWS == 2) tile::store<2>(sums + 2 * FLOATS), tile::store<3>(sums + 3 * FLOATS);
+    store<ROWS>(call.dropped.bits ? desk.added : desk.sums);
     int64_t N = output.columns;
     for (int64_t i = 0; i < ROWS; i++) {
-        int64_t m = (t + i) * SIDE;
-        tile::finish(sums + 2 * i * FLOATS, output.bias ? output.bias + n : nullptr,
-                     output.y + (work.first + m) * N + n, N, std::min<int64_t>(SIDE, work.rows - m), N - n);
+        int64_t m = (t + i) * SIDE, count = std::min<int64_t>(SIDE, work.rows - m);
+        float* sums = desk.sums + 2 * i * FLOATS;
+        if (call.dropped.bits)
+            tile::add(sums, desk.added + 2 * i * FLOATS, call.dropped.bits + ((work.first + m) * N + n) / DEPTH,
+                      N / DEPTH, count, call.dropped.scale);
+        tile::finish(sums, output.bias ? output.bias + n : nullptr, output.y + (work.first + m) * N + n, N, count,
+                     N - n);
     }
 }
 

@@ -13,6 +13,7 @@ namespace {
 using block::Floats, block::Pairs, block::read;
 
 inline bool allowed() { return HUBKIT_AVX512; }
+constexpr bool SHRINKS_PAIRS = false;
 struct Registers {};
 
 constexpr int TOGETHER = 8;     // rows of y that are expanded together
@@ -22,7 +23,7 @@ constexpr int64_t CHUNK = 384;  // features of x that stay in the L1 cache for a
 struct Desk {
     std::vector<bf16> weight_room;
     alignas(64) float sums[4 * FLOATS];
-    alignas(64) float rows[SIDE * PANEL];
+    alignas(64) float rows[SIDE * PANEL], added[SIDE * PANEL];
 };
 
 // The batch rows of a piece, numbered within their tile.
@@ -51,10 +52,10 @@ Floats products(const bf16* const* x, const bf16* const* A, int64_t features) {
 
 // Two batch rows of S for a piece, or one, computed twice.
 void shrink_rows(const Work& work, const Piece& piece, const int* rows, int count) {
-    int64_t K = piece.part->features;
+    int64_t K = piece.part->seen.features;
     int row[2] = {rows[0], rows[count - 1]};
     const bf16 *x[2], *A[SIDE];
-    for (int i = 0; i < 2; i++) x[i] = piece.part->x + (work.first + piece.tile * SIDE + row[i]) * K;
+    for (int i = 0; i < 2; i++) x[i] = piece.part->seen.x + (work.first + piece.tile * SIDE + row[i]) * K;
     for (int64_t j = 0; j < SIDE; j++) A[j] = piece.part->A + piece.cols[std::min(j, piece.count - 1)] * K;
     for (int64_t j = 0; j < piece.count; j += block::ROWS) {
         Floats found = products(x, A + j, K);
@@ -120,22 +121,50 @@ void expand(const Piece& piece, int64_t n, float* rows) {
     if (i < mine.count) expand<1>(piece, mine.rows + i, n, rows);
 }
 
+// The same for all pieces of a tile of rows.
+void expand_all(const Work& work, const Task& task, int64_t t, int64_t n, float* rows) {
+    const int64_t* starts = work.starts.data() + task.number * work.tiles + t;
+    for (int64_t i = starts[0]; i < starts[1]; i++) expand(work.pieces[i], n, rows);
+}
+
+// rows += what dropout lets through of what is added.
+void add(const Dropped& dropped, int64_t first, int64_t count, int64_t n, int64_t columns, const float* added,
+         float* rows) {
+    for (int64_t m = 0; m < count; m++) {
+        uint32_t bits = dropped.bits[((first + m) * columns + n) / DEPTH];
+        for (int h = 0; h < 2; h++) {
+            float* at = rows + m * PANEL + h * SIDE;
+            Floats kept = block::those(uint16_t(bits >> h * SIDE), read<Floats>(added + m * PANEL + h * SIDE));
+            kept = read<Floats>(at) + kept * dropped.scale;
+            std::memcpy(at, &kept, sizeof kept);
+        }
+    }
+}
+
 // y of a tile of batch rows from the base product's sums.
-void finish(const Work& work, const Task& task, int64_t t, int64_t n, const float* sums, float* rows) {
+void finish(const Call& call, const Work& work, const Task& task, int64_t t, int64_t n, const float* sums,
+            Desk& desk) {
     const Output& output = *task.output;
+    int64_t first = work.first + t * SIDE, count = std::min<int64_t>(SIDE, work.rows - t * SIDE);
+    float* rows = desk.rows;
     for (int h = 0; h < 2; h++) {
         Floats v[SIDE];
         std::memcpy(v, sums + h * FLOATS, sizeof v);
         block::transpose(v);
         for (int m = 0; m < SIDE; m++) std::memcpy(rows + m * PANEL + h * SIDE, &v[m], sizeof(Floats));
     }
-    const int64_t* starts = work.starts.data() + task.number * work.tiles + t;
-    for (int64_t i = starts[0]; i < starts[1]; i++) expand(work.pieces[i], n, rows);
-    for (int64_t m = 0; m < std::min<int64_t>(SIDE, work.rows - t * SIDE); m++)
+    if (call.dropped.bits) {
+        std::memset(desk.added, 0, sizeof desk.added);
+        expand_all(work, task, t, n, desk.added);
+        add(call.dropped, first, count, n, output.columns, desk.added, rows);
+    } else {
+        expand_all(work, task, t, n, rows);
+    }
+    for (int64_t m = 0; m < count; m++)
         for (int64_t at = n; at < std::min(n + PANEL, output.columns); at += SIDE) {
             Floats y = read<Floats>(rows + m * PANEL + at - n);
             if (output.bias) y += block::widen(output.bias + at, output.columns - at);
-            block::narrow(y, output.y + (work.first + t * SIDE + m) * output.columns + at, output.columns - at);
+            block::narrow(y, output.y + (first + m) * output.columns + at, output.columns - at);
         }
 }
 
@@ -144,9 +173,9 @@ void panel(const Call& call, const Work& work, const Task& task, int64_t t, int6
     int64_t row = call.features * SIDE;
     std::memset(desk.sums, 0, sizeof desk.sums);
     for (const Part* part = task.output->begin; part < task.output->end; part++)
-        product<ROWS>(weights(call, *part, task, n, desk.weight_room), work.x + t * row + part->offset * SIDE, row,
-                      part->features, !call.turned && t == task.first, desk.sums);
-    for (int i = 0; i < ROWS; i++) finish(work, task, t + i, n, desk.sums + 2 * i * FLOATS, desk.rows);
+        product<ROWS>(weights(call, *part, task, n, desk.weight_room), work.x + t * row + part->x.offset * SIDE, row,
+                      part->x.features, !call.turned && t == task.first, desk.sums);
+    for (int i = 0; i < ROWS; i++) finish(call, work, task, t + i, n, desk.sums + 2 * i * FLOATS, desk);
 }
 
 void compute(const Call& call, const Work& work, const Task& task, Desk& desk) {

@@ -54,6 +54,25 @@ class Route:
             self.coef.data_ptr(),
         )
 
+    @property
+    def alone(self) -> bool:
+        """Whether there is one group, which names an arena row once at most."""
+        return len(self.col_start) == 2
+
+    def spans(self, page: int, block: int) -> Tensor | None:
+        """int64 [pages, 2]: for every `page` of the entries of `cols` the blocks of so many batch rows, the first and
+        that after the last, that hold all rows of their groups; None where that is all there are."""
+        if self.rows is None or self.row_start is None:
+            return None
+        begin, end = self.row_start[:-1], self.row_start[1:]
+        bounds = torch.cat([self.rows, self.rows.new_zeros(1)])  # a group without rows may begin at the end
+        first, last = bounds[begin], bounds[end - 1] + 1  # rows of a group are in order
+        empty = begin == end
+        first, last = first.masked_fill(empty, len(self.rows)), last.masked_fill(empty, 0)
+        entries = torch.arange(len(first)).repeat_interleave(self.col_start.diff())
+        pages = [(int(first[own].min()) // block, -(-int(last[own].max()) // block)) for own in entries.split(page)]
+        return torch.tensor([(least, max(least, most)) for least, most in pages]).reshape(-1, 2)
+
     @cached_property
     def generic(self) -> cpu.Route:
         return cpu.Route(self.C, self.group, self.active)

@@ -123,13 +123,6 @@ void rotate(Heads<T> q, Heads<T> k, const T* cos, const T* sin, int64_t B, int64
         }
 }
 
-// f(T*) for the type that dtype names: 0 fp32, 1 bf16, 2 fp16
-template <class F> void typed(int64_t dtype, F f) {
-    if (dtype == 0) f((float*)nullptr);
-    if (dtype == 1) f((bfloat16*)nullptr);
-    if (dtype == 2) f((float16*)nullptr);
-}
-
 }  // namespace
 
 #define EXPORTED extern "C" __attribute__((visibility("default"))) void

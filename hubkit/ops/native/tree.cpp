@@ -275,9 +275,7 @@ EXPORTED void hubkit_tree(const Tree* tree, const void* q, const void* k, const 
         using P = decltype(type);
         forward(*tree, {heads, groups, D}, (P)q, strides[0], (P)k, strides[1], (P)v, strides[2], scale, (P)y);
     };
-    if (dtype == 0) run((float*)nullptr);
-    if (dtype == 1) run((bfloat16*)nullptr);
-    if (dtype == 2) run((float16*)nullptr);
+    typed(dtype, run);
 }
 
 // Their gradients from dy [rows, heads, D]: dq [rows, heads, D], dk and dv [rows, groups, D].
@@ -289,7 +287,5 @@ EXPORTED void hubkit_tree_gradient(const Tree* tree, const void* q, const void* 
         backward(*tree, {heads, groups, D}, (P)q, strides[0], (P)k, strides[1], (P)v, strides[2], (P)dy, strides[3],
                  scale, (P)dq, (P)dk, (P)dv);
     };
-    if (dtype == 0) run((float*)nullptr);
-    if (dtype == 1) run((bfloat16*)nullptr);
-    if (dtype == 2) run((float16*)nullptr);
+    typed(dtype, run);
 }

@@ -104,6 +104,13 @@ float sum(Vec v) {  // halves onto halves
     return v[0];
 }
 
+// f(T*) for the type that dtype names: 0 fp32, 1 bf16, 2 fp16
+template <class F> void typed(int64_t dtype, F f) {
+    if (dtype == 0) f((float*)nullptr);
+    if (dtype == 1) f((bfloat16*)nullptr);
+    if (dtype == 2) f((float16*)nullptr);
+}
+
 // The first n <= LANES elements.
 template <class T> Vec some(const T* p, int64_t n) { return n == LANES ? load(p) : load(p, n); }
 template <class T> void keep(T* p, Vec v, int64_t n) { n == LANES ? store(p, v) : store(p, v, n); }
