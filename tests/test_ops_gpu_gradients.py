@@ -103,8 +103,8 @@ def test_any_sizes_for_the_factors(
     chosen = replace(plans.choose(plans.Problem("sm90", 4, 300, 70, 40, 64), "separate"), tile=tile)
     chosen = replace(chosen, factor_BM=BM, factor_BR=BR, factor_BW=BW, factor_warps=8, factor_stages=3)
     monkeypatch.setattr(gpu, "choose", lambda problem, mode: chosen)
-    monkeypatch.setattr(training, "LEAST_ROWS", 128)
-    case = build(tokens=[110, 20, 130], mixtures=[[0], [1, 2], [3]], ranks=[16, 33, 8, 20], K=40, N=70, dtype=dtype)
+    monkeypatch.setattr(training, "LEAST_ROWS", 64)
+    case = build(tokens=[70, 20, 60], mixtures=[[0], [1, 2], [3]], ranks=[16, 33, 8, 20], K=40, N=70, dtype=dtype)
     check(case, dropout=Dropout(0.3, 5))
 
 

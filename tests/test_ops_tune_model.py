@@ -14,7 +14,7 @@ from hubkit.ops.gpu import plans
 from hubkit.ops.gpu.plans import TilePlan
 from hubkit.ops.gpu.tuning import cards, cost, cost_training, distil, grids, measure, tables
 from hubkit.ops.gpu.tuning.candidates import candidates
-from hubkit.ops.gpu.tuning.workloads import Workload, parse_shape, workloads
+from hubkit.ops.gpu.tuning.workloads import MODELS, Workload, parse_shape, workloads
 
 CPU = torch.device("cpu")
 H200, A100 = cards.CARDS["h200"], cards.CARDS["a100"]
@@ -224,6 +224,26 @@ def test_the_least_regretted_is_taken_and_the_table_left_alone_within_the_slack(
     assert shares(lambda work, plan: times.get(plan), banned=frozenset({safe})) == []
     times[TABLED] = (1.14, 1.14)
     assert shares(lambda work, plan: times.get(plan)) == []
+
+
+def test_packaged_rules_for_training_change_nothing_for_forward_calls() -> None:
+    rules = plans.load(plans.TABLE)
+    training = [rule for rule in rules if rule["if"].get("training")]
+    others = [rule for rule in rules if rule not in training]
+    assert rules[: len(training)] == training  # they stand before what would take their calls
+    assert {(rule["plan"].mode, rule["source"]) for rule in training} == {("separate", "model")}
+    assert {rule["if"]["arch"] for rule in training} == {"sm80", "sm90"}
+    shapes = [shape for model in MODELS.values() for shape in model]
+    served = []
+    for work in workloads(shapes, [1, 40, 128, 300, 513, 2048, 8192, 9000], [16, 40, 128, 512, 600], 2, training=True):
+        for arch in ("sm80", "sm90", "sm100"):
+            problem = work.problem(arch)
+            first, same = (
+                next(r for r in rules if plans._matches(r["if"], replace(problem, training=t))) for t in (True, False)
+            )
+            assert same == next(r for r in others if plans._matches(r["if"], problem))
+            served += [first] if first in training and first not in served else []
+    assert len(served) == len(training)
 
 
 def test_the_packaged_rules_of_the_model_say_so() -> None:

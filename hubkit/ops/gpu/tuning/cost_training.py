@@ -24,7 +24,6 @@ from hubkit.ops.gpu.tuning.grids import (
 from hubkit.ops.gpu.tuning.workloads import Workload
 
 POINTER = 2  # registers: each element of S is loaded by itself, from where its arena row has its place
-PLACE = 0.5  # of a load's latency: a tile's places are few, and in L2
 PLANE = 4  # bytes of a partial sum
 
 
@@ -79,7 +78,7 @@ def _factor_seconds(work: Workload, W: int, plan: TilePlan, card: Card) -> float
     """A program looks up its arena rows' places in every tile; where there are any, it waits for these columns of S at
     every step, so only other programs on the same multiprocessor hide that."""
     grid = factor_grid(work, W, plan, card)
-    waiting = (PLACE * _tiles_each(work, W, plan) + grid.steps) * card.latency_s
+    waiting = _tiles_each(work, W, plan) * card.lookup_s + grid.steps * card.latency_s
     one = max(grid.seconds(card), math.ceil(grid.waves(card)) * waiting)
     return card.launch_s + card.latency_s + one + _planes_seconds(work, W, card)
 
