@@ -18,19 +18,34 @@ PLAIN = {"route_kernel", "factors_kernel", "place_kernel", "coefficient_kernel"}
 TARGETS = ["sm80", "sm90", "sm100", "gfx942"]
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def build(cache: Path, *arguments: str) -> dict[str, Any]:
     # a process of its own: this one may be in the interpreter's mode, where there is nothing to compile
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "TRITON_DEFAULT_FP_FUSION": "1"}
-    command = [sys.executable, "-m", "hubkit.ops.gpu.aot", "--format", "json"]
+    env |= {"TRITON_CACHE_DIR": str(cache), "TRITON_DEFAULT_FP_FUSION": "1"}
+    command = [sys.executable, "-m", "hubkit.ops.gpu.aot", "--format", "json", *arguments]
     done = subprocess.run(command, env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Of the rules for training, which the tuner has compiled, one launch of each kernel."""
+    return build(tmp_path_factory.mktemp("triton"), "--training", "1")
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_fits(compiled: dict[str, Any], target: str) -> None:
+    check_fits(compiled, target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm80", "sm90"])
+def test_every_kernel_of_training_fits(tmp_path: Path, target: str) -> None:
+    check_fits(build(tmp_path, "--target", target), target)
+
+
+def check_fits(compiled: dict[str, Any], target: str) -> None:
     built = [row for row in compiled["built"] if row["target"] == target]
     kernels = {"shrink_kernel", "chained_kernel", "ticketed_kernel", "recomputed_kernel"}
     kernels |= {"separate_kernel", "input_kernel", "factor_kernel", *PLAIN}

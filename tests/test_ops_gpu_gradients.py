@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +17,7 @@ from tests.test_ops_gpu import DEVICE, DTYPES, SAMPLED, move
 
 gpu = pytest.importorskip("hubkit.ops.gpu", reason="triton runs on Linux alone")
 training = pytest.importorskip("hubkit.ops.gpu.training")
+plans = pytest.importorskip("hubkit.ops.gpu.plans")
 
 LOOSER = 3  # as in test_ops_gradients.py
 
@@ -82,8 +85,66 @@ def test_any_shape(data: st.DataObject) -> None:
 
 def test_long_sums_are_cut_into_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """As they are on a card at thousands of rows."""
-    monkeypatch.setattr(training, "LEAST_TILES", 1)
+    monkeypatch.setattr(training, "LEAST_ROWS", 128)
     check(build(tokens=[300, 250], mixtures=[[0], [1]], ranks=[8, 33], K=40, N=70))
+
+
+SIZES = [(16, 64, 128, 128), (64, 32, 64, 128), (128, 128, 32, 256), (128, 16, 16, 32)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype"), [*((each, torch.float16) for each in SIZES), (SIZES[1], torch.float32)], ids=str
+)
+def test_any_sizes_for_the_factors(
+    sizes: tuple[int, int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More and fewer rows and ranks than there are, tiles that list only some of a chunk's rows, several parts."""
+    tile, BM, BR, BW = sizes
+    chosen = replace(plans.choose(plans.Problem("sm90", 4, 300, 70, 40, 64), "separate"), tile=tile)
+    chosen = replace(chosen, factor_BM=BM, factor_BR=BR, factor_BW=BW, factor_warps=8, factor_stages=3)
+    monkeypatch.setattr(gpu, "choose", lambda problem, mode: chosen)
+    monkeypatch.setattr(training, "LEAST_ROWS", 64)
+    case = build(tokens=[70, 20, 60], mixtures=[[0], [1, 2], [3]], ranks=[16, 33, 8, 20], K=40, N=70, dtype=dtype)
+    check(case, dropout=Dropout(0.3, 5))
+
+
+def test_sums_are_cut_by_rows_and_the_output_s_size_alone() -> None:
+    """Whatever the plan, and so the card."""
+    from hubkit.ops.gpu import aot
+
+    for rows, ranks in ((8192, 16), (1000, 16), (4096, 512)):
+        cuts = set()
+        for tile, BM, BR, BW in SIZES:
+            plan = plans.TilePlan("separate", tile, 64, 64, factor_BM=BM, factor_BR=BR, factor_BW=BW)
+            x, A = torch.empty(rows, 256, device="meta"), torch.empty(ranks, 256, device="meta")
+            with aot._Recorder() as recorder:
+                route = gpu.Route(torch.ones(1, ranks), torch.zeros(rows, dtype=torch.long), torch.device("meta"))
+                call = gpu.Call(x, [(torch.empty(256, 256, device="meta"), None)], (A,), (A,), route, plan)
+                training._factor(call, call.shrunk()[0], x, A)
+            ((_, given),) = [(name, given) for name, given in recorder.launched if name == "factor_kernel"]
+            cuts.add((len(given["out"]), given["TILES_EACH"] * tile))
+        assert len(cuts) == 1
+        ((parts, each),) = cuts
+        assert (parts - 1) * each < rows <= parts * each
+
+
+def test_both_passes_ask_for_training_and_get_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def choose(problem: plans.Problem, mode: str | None) -> plans.TilePlan:
+        asked.append((problem, mode))
+        return plans.choose(problem, mode)
+
+    monkeypatch.setattr(gpu, "choose", choose)
+    case = build(tokens=[5, 40], mixtures=[[0], [1]], ranks=[8, 4])
+    gradients(gpu, case)
+    assert len(asked) == 2
+    assert asked[0] == asked[1]
+    assert (asked[0][0].training, asked[0][1]) == (True, "separate")
+    gpu.plan([(gpu.route(case.C, case.group, DEVICE), move(case).A, move(case).Bt)])(
+        move(case).x, [(move(case).weight, None)]
+    )
+    assert not asked[2][0].training
 
 
 def test_a_coefficient_of_zero_that_is_active_has_a_gradient() -> None:

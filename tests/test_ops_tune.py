@@ -28,8 +28,13 @@ from hubkit.ops.gpu.tuning.workloads import MODELS, workloads
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 H200 = cards.CARDS["h200"]
-TINY = ["--shapes", "64x48,64x32+32", "--rows", "3,20", "--ranks", "16", "--dtype", "fp16", "--card", "h200"]
+TINY = [
+    *("--shapes", "64x48,64x32+32", "--rows", "3,20", "--ranks", "16", "--dtype", "fp16", "--card", "h200"),
+    *("--pass", "forward"),
+]
+TRAINING = ("--pass", "training", "--rows", "20")
 WORKS = workloads([(64, (48,)), (64, (96,))], [1, 16], [16], 2)
+STEP = workloads([(64, (48, 32))], [40], [32], 2, training=True)[0]
 POOL = [TilePlan("chained", tile, BN, 64) for tile in (16, 32) for BN in (32, 64)]
 
 
@@ -85,7 +90,12 @@ def test_trials_come_back_without_what_a_kill_left_of_the_last(tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [('{"version": 9, "card": "H200"}\n', "version 9"), ('{"version": 1, "card": "A100"}\n', "A100"), ("x\n", "not a")],
+    [
+        ('{"version": 9, "card": "H200"}\n', "version 9"),
+        ('{"version": 1, "card": "H200", "dtype": "fp16"}\n', "version 1"),  # knew nothing of training
+        ('{"version": 2, "card": "A100"}\n', "A100"),
+        ("x\n", "not a"),
+    ],
 )
 def test_another_s_journal_is_refused_and_left_alone(tmp_path: Path, content: str, reason: str) -> None:
     path = tmp_path / "journal"
@@ -114,6 +124,38 @@ def test_a_measured_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert len([line for line in shown.splitlines() if "64x" in line]) == 4  # a line for each workload
 
 
+def test_a_training_step_is_a_workload_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = command(tmp_path, *TRAINING, "--pass", "both", timer=Clockwork(lambda place: 10.0 - place))
+    new = [rule for rule in table["rules"] if rule.get("source") == "measured"]
+    assert {rule["if"]["training"] for rule in new} == {False, True}
+    entries = [json.loads(line) for line in (tmp_path / "table.journal").read_text().splitlines()[1:]]
+    assert {entry["work"]["training"] for entry in entries} == {False, True}
+    assert not [entry["error"] for entry in entries if entry["error"]]  # gradients are those of the naive op
+    assert {entry["plan"]["mode"] for entry in entries if entry["work"]["training"]} == {"separate"}
+    shown = capsys.readouterr().out.splitlines()
+    for name in ("forward", "training"):
+        assert len([line for line in shown if f" {name} " in line]) == 2  # a line for each workload
+        assert len([line for line in shown if line.startswith(f"{name}: 6 trials, 0 failed")]) == 1
+    again = Clockwork()
+    command(tmp_path, *TRAINING, "--pass", "both", timer=again)  # all is known
+    assert again.batches == 0
+
+
+@pytest.mark.parametrize("which", ["x", "A", "Bt"])
+def test_a_wrong_gradient_is_never_timed(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any) -> Any:
+        dx, dC, dAs, dBts = backward(*args)
+        for wrong in {"x": [dx], "A": dAs[1:], "Bt": dBts[1:]}[which]:
+            wrong[-1] += 1
+        return dx, dC, dAs, dBts
+
+    backward, (plan, _) = measure.training.backward, candidates(STEP, H200)[0]
+    rig = measure.Rig(STEP, torch.float16, CPU, False)
+    assert rig.wrong(plan) is None
+    monkeypatch.setattr(measure.training, "backward", broken)
+    assert "an error of" in str(rig.wrong(plan))
+
+
 def test_a_table_that_is_as_good_stays(tmp_path: Path) -> None:
     table = command(tmp_path, timer=Clockwork(lambda place: 10.0 - place / 100))
     assert not [rule for rule in table["rules"] if rule.get("source") == "measured"]
@@ -129,6 +171,25 @@ def test_the_new_table_is_used_when_it_is_named(tmp_path: Path, monkeypatch: pyt
     try:
         assert plans.choose(problem) == rule["plan"] != before
         assert plans.choose(replace(problem, M=4)) == before
+    finally:
+        monkeypatch.undo()
+        plans.rules.cache_clear()
+
+
+def test_rules_for_training_serve_training_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alike = {"plan": TilePlan("separate", 32, 32, 32), "source": "model", "card": "H200"}
+    made = [{"if": {"M": 3, "training": True}, **alike}, {"if": {"M": 4, "training": False}, **alike}]
+    tables.write(tables.joined(made, plans.rules()), tmp_path / "table.json")
+    problems = [
+        plans.Problem("sm90", 2, M, 48, 64, 16, training=training) for M in (3, 4) for training in (True, False)
+    ]
+    before = [plans.choose(problem, "separate") for problem in problems]
+    assert before[0] == before[1]  # a rule that does not say is for both
+    monkeypatch.setenv("HUBKIT_PLANS", str(tmp_path / "table.json"))
+    plans.rules.cache_clear()
+    try:
+        own = [plans.choose(problem, "separate") for problem in problems]
+        assert own == [alike["plan"], before[1], before[2], alike["plan"]]
     finally:
         monkeypatch.undo()
         plans.rules.cache_clear()
@@ -234,7 +295,9 @@ def test_prediction_needs_no_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[s
     tune.main([*arguments, "--no-compile", "--out", str(out)])
     own = [rule for rule in json.loads(out.read_text())["rules"] if rule.get("card") == "A100"]
     assert {(rule["source"], rule["if"]["arch"]) for rule in own} == {("model", "sm80")}
-    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith(("1 ", "512 "))]) == 8
+    assert {rule["if"].get("training", False) for rule in own} == {False, True}
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("1 ", "512 "))]
+    assert [sum(f" {name} " in line for line in shown) for name in ("forward", "training")] == [8, 8]
     assert not (tmp_path / "table.journal").exists()
 
 

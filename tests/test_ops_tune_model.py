@@ -12,9 +12,9 @@ pytest.importorskip("triton", reason="triton runs on Linux alone")
 
 from hubkit.ops.gpu import plans
 from hubkit.ops.gpu.plans import TilePlan
-from hubkit.ops.gpu.tuning import cards, cost, distil, measure, tables
+from hubkit.ops.gpu.tuning import cards, cost, cost_training, distil, grids, measure, tables
 from hubkit.ops.gpu.tuning.candidates import candidates
-from hubkit.ops.gpu.tuning.workloads import Workload, parse_shape, workloads
+from hubkit.ops.gpu.tuning.workloads import MODELS, Workload, parse_shape, workloads
 
 CPU = torch.device("cpu")
 H200, A100 = cards.CARDS["h200"], cards.CARDS["a100"]
@@ -45,7 +45,7 @@ def test_shared_memory_is_what_the_compiler_takes(
 ) -> None:
     """Figures of docs/kernel-gpu.md."""
     plan = TilePlan("chained", tile, BN, BK, warps=warps, stages=stages)
-    assert cost.base_grid(Workload(512, *QKV, 16, 2), plan, H200).shared == KiB << 10
+    assert grids.base_grid(Workload(512, *QKV, 16, 2), plan, H200).shared == KiB << 10
 
 
 def test_what_does_not_fit_takes_for_ever() -> None:
@@ -73,8 +73,43 @@ def test_modes_fall_where_their_counts_say() -> None:
     assert many > 1.1 * few  # A again for every block of outputs
 
 
+STEPS = [Workload(M, *QKV, 64, 2, training=True) for M in (128, 512, 8192)]
+
+
+@pytest.mark.parametrize("card", [H200, A100], ids=lambda card: card.name)
+@pytest.mark.parametrize("work", STEPS, ids=str)
+def test_a_training_step_is_no_faster_than_its_products(work: Workload, card: cards.Card) -> None:
+    dx = 2 * work.M * work.N * work.K / card.flops_per_s * 1e6
+    found = candidates(work, card, shrinks=1)
+    assert {plan.mode for plan, _ in found} == {"separate"}
+    assert [us for _, us in found] == sorted(us for _, us in found)
+    for plan, us in found:
+        assert us > dx + cost.microseconds(replace(work, training=False), plan, card)
+        assert cost.microseconds(replace(work, M=2 * work.M), plan, card) > us
+    fastest = [candidates(replace(work, ranks=ranks), card, shrinks=1)[0][1] for ranks in (64, 128, 512)]
+    assert fastest == sorted(fastest)
+
+
+def test_no_other_mode_trains() -> None:
+    assert cost.microseconds(STEPS[0], TilePlan("chained", 64, 64, 64), H200) == float("inf")
+
+
+def test_tiles_that_list_none_of_a_chunk_s_rows_are_skipped_but_looked_at() -> None:
+    """8 adapters: a tile of 16 rows has one of them, 128 rows have all."""
+    work = Workload(8192, 4096, (4096,), 128, 2, training=True)
+    low, high = (TilePlan("separate", tile, 128, 64, factor_BR=16) for tile in (16, 128))
+    steps = [cost_training.factor_grid(work, 4096, plan, H200).steps for plan in (low, high)]
+    assert steps == [8192 // 2 // 16 // 8, 8192 // 2 // 64]  # two parts
+    looked_at = [replace(plan, factor_BM=16) for plan in (low, high)]
+    short, tall = (cost_training.factors_seconds(work, plan, H200) for plan in looked_at)
+    assert short < tall  # 16 rows a step: what is skipped counts
+    one = Workload(8192, 4096, (4096,), 16, 2, training=True)
+    short, tall = (cost_training.factors_seconds(one, plan, H200) for plan in looked_at)
+    assert short > tall  # nothing is skipped, and there are more tiles to look at
+
+
 def test_waves_are_counted() -> None:
-    grid = cost.base_grid(Workload(128, 4096, (4096,), 16, 2), TilePlan("chained", 128, 64, 64, warps=8), H200)
+    grid = grids.base_grid(Workload(128, 4096, (4096,), 16, 2), TilePlan("chained", 128, 64, 64, warps=8), H200)
     slots = grid.resident(H200) * H200.sms
     full, one_more = (grid._replace(programs=count).seconds(H200) for count in (slots, slots + 1))
     assert one_more > full
@@ -178,7 +213,7 @@ def test_one_set_of_linears_speaks_for_itself_alone() -> None:
     (rule,) = tables.rules_of(found, works, "sm90", "H200", lambda s: "model")
     assert rule["if"] == {
         "arch": "sm90", "itemsize": 2, "invariant": False, "M": {"least": 9, "most": 64},
-        "ranks": {"least": 33, "most": 64}, "K": 64, "N": 48,
+        "ranks": {"least": 33, "most": 64}, "K": 64, "N": 48, "training": False,
     }  # fmt: skip
 
 
@@ -189,6 +224,26 @@ def test_the_least_regretted_is_taken_and_the_table_left_alone_within_the_slack(
     assert shares(lambda work, plan: times.get(plan), banned=frozenset({safe})) == []
     times[TABLED] = (1.14, 1.14)
     assert shares(lambda work, plan: times.get(plan)) == []
+
+
+def test_packaged_rules_for_training_change_nothing_for_forward_calls() -> None:
+    rules = plans.load(plans.TABLE)
+    training = [rule for rule in rules if rule["if"].get("training")]
+    others = [rule for rule in rules if rule not in training]
+    assert rules[: len(training)] == training  # they stand before what would take their calls
+    assert {(rule["plan"].mode, rule["source"]) for rule in training} == {("separate", "model")}
+    assert {rule["if"]["arch"] for rule in training} == {"sm80", "sm90"}
+    shapes = [shape for model in MODELS.values() for shape in model]
+    served = []
+    for work in workloads(shapes, [1, 40, 128, 300, 513, 2048, 8192, 9000], [16, 40, 128, 512, 600], 2, training=True):
+        for arch in ("sm80", "sm90", "sm100"):
+            problem = work.problem(arch)
+            first, same = (
+                next(r for r in rules if plans._matches(r["if"], replace(problem, training=t))) for t in (True, False)
+            )
+            assert same == next(r for r in others if plans._matches(r["if"], problem))
+            served += [first] if first in training and first not in served else []
+    assert len(served) == len(training)
 
 
 def test_the_packaged_rules_of_the_model_say_so() -> None:

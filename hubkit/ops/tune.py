@@ -1,7 +1,7 @@
 """Fill the plan table of the Triton kernels for a card, by measuring on it or by the cost model alone.
 
     python -m hubkit.ops.tune --out plans.json [--budget 600] [--model llama-8b ...] [--shapes 4096x4096,...]
-    python -m hubkit.ops.tune --predict --card h200 --out plans.json
+    python -m hubkit.ops.tune --predict --card h200 --pass training --out plans.json
 
 The packaged table is not touched: name the new one in HUBKIT_PLANS. A run that was stopped goes on from its journal.
 """
@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from hubkit.ops.gpu.tuning.cards import Card
     from hubkit.ops.gpu.tuning.journal import Trial
     from hubkit.ops.gpu.tuning.measure import Timer
+    from hubkit.ops.gpu.tuning.predictions import Predictions
     from hubkit.ops.gpu.tuning.tables import Rule
     from hubkit.ops.gpu.tuning.workloads import Workload
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SLACK = {"model": 0.1, "measured": 0.02}  # by how much a plan has to beat the one that the table has
 DEFAULT_MODELS = ("llama-8b", "llama-1b", "t5-large")
+PASSES = ("forward", "training")  # a call; a training step, which is forward and backward
 
 
 def main(
@@ -48,7 +50,7 @@ def tune(options: argparse.Namespace, device: torch.device | None, timer: Timer 
     works, card = _works(options), _card(options, device)
 
     def present(work: Workload) -> TilePlan:
-        return choose(work.problem(card.arch))
+        return choose(work.problem(card.arch), "separate" if work.training else None)
 
     if options.predict:
         made = _predicted(options, card, works, present)
@@ -62,21 +64,25 @@ def tune(options: argparse.Namespace, device: torch.device | None, timer: Timer 
 def _predicted(
     options: argparse.Namespace, card: Card, works: Sequence[Workload], present: Callable[[Workload], TilePlan]
 ) -> list[Rule]:
-    from hubkit.ops.gpu.tuning.distil import Distiller, Share
     from hubkit.ops.gpu.tuning.predictions import Predictions
-    from hubkit.ops.gpu.tuning.tables import rules_of, sound_rules
 
     known = Predictions(card, present)
+    made = [rule for own in _by_pass(works) for rule in _foreseen(options, card, own, known)]
+    show(card, {work: {} for work in works}, {work: known.pool(work)[0] for work in works}, present)
+    return made
+
+
+def _foreseen(options: argparse.Namespace, card: Card, works: Sequence[Workload], known: Predictions) -> list[Rule]:
+    from hubkit.ops.gpu.tuning.distil import Distiller, Share
+    from hubkit.ops.gpu.tuning.tables import rules_of, sound_rules
 
     def distilled(banned: frozenset[TilePlan] = frozenset()) -> Distiller:
-        return Distiller(works, known.pool, known.times, present, SLACK["model"], banned)
+        return Distiller(works, known.pool, known.times, known.present, SLACK["model"], banned)
 
     def to_rules(shares: Sequence[Share]) -> list[Rule]:
         return rules_of(shares, works, card.arch, card.name, lambda share: "model")
 
-    made = to_rules(distilled().shares()) if options.no_compile else sound_rules(distilled, to_rules, card.arch)
-    show(card, {work: {} for work in works}, {work: known.pool(work)[0] for work in works}, present)
-    return made
+    return to_rules(distilled().shares()) if options.no_compile else sound_rules(distilled, to_rules, card.arch)
 
 
 def _measured(
@@ -96,11 +102,22 @@ def _measured(
     if not known.by_work:
         raise ValueError(f"nothing could be measured within {options.budget:g} s: give a longer --budget")
     timed = [work for work in works if work in known.by_work]
-    shares = Distiller(timed, known.pool, known.times, present, SLACK["measured"]).shares(most=24)
+    made = []
+    for own in _by_pass(timed):
+        shares = Distiller(own, known.pool, known.times, present, SLACK["measured"]).shares(most=24)
+        made += rules_of(shares, own, card.arch, card.name, known.source)
     fastest = {work: min(known.by_work[work], key=known.by_work[work].__getitem__) for work in timed}
     show(card, {work: known.by_work[work] for work in timed}, fastest, present)
-    _correlations(trials)
-    return rules_of(shares, timed, card.arch, card.name, known.source)
+    for training, name in enumerate(PASSES):
+        if own_trials := [trial for trial in trials if trial.work.training == training]:
+            _correlations(name, own_trials)
+    return made
+
+
+def _by_pass(works: Sequence[Workload]) -> list[list[Workload]]:
+    """Rules are made for each pass by itself."""
+    passes = ([work for work in works if work.training == training] for training in (False, True))
+    return [own for own in passes if own]
 
 
 def show(
@@ -109,25 +126,31 @@ def show(
     fastest: dict[Workload, TilePlan],
     present: Callable[[Workload], TilePlan],
 ) -> None:
-    """For each workload its fastest plan, predicted and measured, and the present one's time, in microseconds."""
+    """For each workload its pass and fastest plan, predicted and measured, and the present one's time, in
+    microseconds."""
     from hubkit.ops.gpu.tuning.cost import microseconds
 
-    print("rows  linears                 ranks  plan                             predicted  measured  ratio  present")
+    print(f"{'rows':<5} {'linears':<23} ranks  pass      {'plan':<42} predicted  measured  ratio  present")
     for work, best in fastest.items():
         predicted, us = microseconds(work, best, card), measured[work].get(best)
         now = measured[work].get(present(work), microseconds(work, present(work), card))
         linears = f"{work.K}x{'+'.join(map(str, work.Ns))}"
         sizes = f"{best.mode} {best.tile}x{best.BN}x{best.BK}, {best.warps} warps"
-        print(f"{work.M:<5} {linears:<23} {work.ranks:<6} {sizes:<31} {predicted:9.1f}", end="  ")
+        if work.training:
+            sizes += f", factors {best.factor_BM}x{best.factor_BR}x{best.factor_BW}"
+        print(
+            f"{work.M:<5} {linears:<23} {work.ranks:<6} {PASSES[work.training]:<9} {sizes:<42} {predicted:9.1f}",
+            end="  ",
+        )
         print(f"{us:9.1f} {us / predicted:6.2f}" if us else f"{'-':>9} {'-':>6}", f"{now:8.1f}")
 
 
-def _correlations(trials: Sequence[Trial]) -> None:
+def _correlations(name: str, trials: Sequence[Trial]) -> None:
     from hubkit.ops.gpu.tuning.evidence import rank_correlation
 
     overall = rank_correlation([(trial.predicted, trial.us) for trial in trials if trial.us is not None])
     failed = sum(trial.error is not None for trial in trials)
-    print(f"{len(trials)} trials, {failed} failed; rank correlation of predicted and measured:", end=" ")
+    print(f"{name}: {len(trials)} trials, {failed} failed; rank correlation of predicted and measured:", end=" ")
     print("too few to say" if overall is None else f"{overall:.2f} over all", end="")
     print("".join(f", {value:.2f} within a workload (median)" for value in _within(trials)))
 
@@ -183,12 +206,17 @@ def _card(options: argparse.Namespace, device: torch.device | None) -> Card:
 
 
 def _works(options: argparse.Namespace) -> list[Workload]:
-    from hubkit.ops.gpu.tuning.workloads import MODELS, parse_shape, workloads
+    from hubkit.ops.gpu.tuning.workloads import MODELS, ROWS, TRAINING_ROWS, parse_shape, workloads
 
     shapes = [parse_shape(text) for text in options.shapes.split(",") if text]
     models = options.model or (() if shapes else DEFAULT_MODELS)
     shapes += [shape for model in models for shape in MODELS[model]]
-    return workloads(shapes, options.rows, options.ranks, 4 if options.dtype == "fp32" else 2)
+    size = 4 if options.dtype == "fp32" else 2
+    found = []
+    for name, rows in zip(PASSES, (ROWS, TRAINING_ROWS), strict=True):
+        if options.passes in (name, "both"):
+            found += workloads(shapes, options.rows or rows, options.ranks, size, name == "training")
+    return found
 
 
 def _numbers(text: str) -> list[int]:
@@ -200,7 +228,7 @@ def _numbers(text: str) -> list[int]:
 
 def _parser() -> argparse.ArgumentParser:
     from hubkit.ops.gpu.tuning.cards import CARDS
-    from hubkit.ops.gpu.tuning.workloads import MODELS, RANKS, ROWS
+    from hubkit.ops.gpu.tuning.workloads import MODELS, RANKS, ROWS, TRAINING_ROWS
 
     parser = argparse.ArgumentParser(prog="python -m hubkit.ops.tune", description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="the table to write; a journal beside it")
@@ -209,7 +237,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", action="append", choices=MODELS, help="linears to tune for; may be repeated")
     parser.add_argument("--shapes", default="", help="further linears: KxN or KxN+N+N (one input), comma between them")
-    parser.add_argument("--rows", type=_numbers, default=list(ROWS), help="batch rows, comma between them")
+    parser.add_argument("--pass", dest="passes", choices=(*PASSES, "both"), default="both", help="default both")
+    few, many = (",".join(map(str, rows)) for rows in (ROWS, TRAINING_ROWS))
+    parser.add_argument("--rows", type=_numbers, help=f"batch rows (default {few}; for training {many})")
     parser.add_argument("--ranks", type=_numbers, default=list(RANKS), help="arena rows that 128 rows use")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--journal", type=Path, help="default: --out with the suffix .journal")

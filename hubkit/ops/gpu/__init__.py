@@ -63,7 +63,7 @@ class Plan(TrainablePlan):
         rows, kept = _rows(x), []
         outputs: list[Tensor | None] = [None] * len(weights)
         for bundle in self.bundles:
-            call = self._call(rows, weights, bundle, dropout, "separate")
+            call = self._call(rows, weights, bundle, dropout, training=True)
             made: Sequence[Tensor] = [linear(rows, *weights[index]) for index in bundle]
             if call:
                 made, S = training.forward(call)
@@ -86,7 +86,7 @@ class Plan(TrainablePlan):
         rows, shrunk = _rows(x), iter(kept)
         found = Gradients(None, [None] * len(dys), [None] * len(dys), [None] * len(dys))
         for bundle in self.bundles:
-            call = self._call(rows, weights, bundle, dropout, "separate")
+            call = self._call(rows, weights, bundle, dropout, training=True)
             mine, pairs = [_rows(dys[index]) for index in bundle], [weights[index] for index in bundle]
             if call is None:
                 dx, dC, dAs, dBts = cpu.base_gradient(mine, pairs) if wanted.x else None, None, None, None
@@ -109,9 +109,10 @@ class Plan(TrainablePlan):
         return cpu.Plan([(route.generic, A, Bt) for (route, _, _), (_, A, Bt) in leaves])
 
     def _call(
-        self, x: Tensor, weights: Weights, bundle: list[int], dropout: Dropout | None, mode: str | None = None
+        self, x: Tensor, weights: Weights, bundle: list[int], dropout: Dropout | None, *, training: bool = False
     ) -> Call | None:
-        """What is to be launched for the linears of a route on x [M, K]; None where only the base is computed."""
+        """What is to be launched for the linears of a route on x [M, K]; None where only the base is computed. Forward
+        and backward of a training step ask alike, since where things lie in S depends on the plan."""
         route = self.members[bundle[0]][0]
         if route.group is not None and len(route.group) != len(x):  # a kernel would read past the end
             raise ValueError(f"x has {len(x)} rows, but the route names the groups of {len(route.group)}")
@@ -121,10 +122,11 @@ class Plan(TrainablePlan):
         arch, chained = target(x.device)
         ranks = route.capacity(128)
         N = sum(len(weight) for weight, _ in pairs)
-        problem = Problem(arch, x.element_size(), len(x), N, x.shape[1], ranks, batch_invariant())
-        # only torch knows how to multiply strided weights, only the separate shrink what dropout is
-        foreign = dropout is not None or not all(weight.is_contiguous() for weight, _ in pairs)
-        plan = choose(problem, "separate" if foreign else mode or forced_mode())
+        problem = Problem(arch, x.element_size(), len(x), N, x.shape[1], ranks, batch_invariant(), training)
+        # only torch knows how to multiply strided weights, only the separate shrink what dropout is; the backward pass
+        # knows what the separate one leaves
+        separate = training or dropout is not None or not all(weight.is_contiguous() for weight, _ in pairs)
+        plan = choose(problem, "separate" if separate else forced_mode())
         As = tuple(self.members[index][1] for index in bundle)
         Bts = tuple(self.members[index][2] for index in bundle)
         return Call(x, pairs, As, Bts, route, plan, chained, problem.invariant, dropout)

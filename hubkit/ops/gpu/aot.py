@@ -1,6 +1,6 @@
 """Every kernel that the plan table can launch, compiled ahead of time: needs no GPU, shows what the compiler made.
 
-    python -m hubkit.ops.gpu.aot [--target sm90 ...] [--format human|json]
+    python -m hubkit.ops.gpu.aot [--target sm90 ...] [--training N] [--format human|json]
 
 What is compiled is what `launch.py` launches: the launches of a problem of each rule are recorded on tensors
 without data, and their arguments specialised as Triton's launcher would.
@@ -86,16 +86,20 @@ class Built:
     matrix: str
 
 
-def launches(target: str) -> list[Launch]:
-    """All distinct launches for the target, over the rules of the table that name it or name none."""
+def launches(target: str, training: int | None = None) -> list[Launch]:
+    """All distinct launches for the target, over the rules of the table that name it or name none; of rules for
+    training no more than `training` of each kernel that other rules do not launch."""
     found: dict[Launch, None] = {}
+    trained: dict[Launch, None] = {}
     for rule in rules():
         wanted = rule["if"].get("arch", target)
         if target not in (wanted if isinstance(wanted, list) else [wanted]):
             continue
         for itemsize in DTYPES if "itemsize" not in rule["if"] else [rule["if"]["itemsize"]]:
-            found |= dict.fromkeys(recorded(rule, target, itemsize))
-    return list(found)
+            (trained if rule["if"].get("training") else found).update(dict.fromkeys(recorded(rule, target, itemsize)))
+    own = [launch for launch in trained if launch not in found]
+    kernels_of = dict.fromkeys(launch.kernel for launch in own)
+    return [*found, *(each for name in kernels_of for each in [x for x in own if x.kernel == name][:training])]
 
 
 def build(launch: Launch, target: str) -> Built:
@@ -116,11 +120,12 @@ def build(launch: Launch, target: str) -> Built:
 
 
 def recorded(rule: dict[str, Any], target: str, itemsize: int) -> Iterator[Launch]:
-    """What is launched for a problem of the rule."""
-    plan, dtype = rule["plan"], DTYPES[itemsize]
+    """What is launched for a problem of the rule: linears that share their input where it is for few rows, or for
+    training."""
+    plan, dtype, training_rule = rule["plan"], DTYPES[itemsize], rule["if"].get("training", False)
     limits = {name: rule["if"].get(name, {}).get("most", 1 << 30) for name in ("M", "ranks")}
-    M, ranks, K = min(1024, limits["M"]), min(64, limits["ranks"]), 4096
-    Ns = (4096, 1024, 1024) if limits["M"] <= 64 else (4096,)
+    M, ranks, K = min(1024, limits["M"]), min(max(64, plan.factor_BR), limits["ranks"]), 4096
+    Ns = (4096, 1024, 1024) if limits["M"] <= 64 or training_rule else (4096,)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -130,7 +135,8 @@ def recorded(rule: dict[str, Any], target: str, itemsize: int) -> Iterator[Launc
         arenas = tuple(empty(ranks, K) for _ in Ns), tuple(empty(ranks, N) for N in Ns)
         weights = [(empty(N, K), None) for N in Ns]
         chained = target in ("sm90", "sm100")
-        MODES[plan.mode](Call(empty(M, K), weights, *arenas, routed, plan, chained))
+        if not training_rule:
+            MODES[plan.mode](Call(empty(M, K), weights, *arenas, routed, plan, chained))
         if plan.mode == "separate":
             _train(Call(empty(M, K), weights, *arenas, routed, plan, chained))
             _train(Call(empty(M, K), weights, *arenas, routed, plan, chained, dropout=Dropout(0.1, 1 << 40)))
@@ -240,8 +246,9 @@ def main() -> None:
     parser.add_argument("--target", action="append", choices=TARGETS, help="may be repeated (default: all)")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--format", choices=("human", "json"), default="human")
+    parser.add_argument("--training", type=int, metavar="N", help="of rules for training, N launches of each kernel")
     options = parser.parse_args()
-    work = [(launch, target) for target in options.target or TARGETS for launch in launches(target)]
+    work = [(launch, target) for target in options.target or TARGETS for launch in launches(target, options.training)]
     with ProcessPoolExecutor(options.jobs) as pool:
         built = [asdict(row) for row in pool.map(build, *zip(*work, strict=True))]
     if options.format == "json":

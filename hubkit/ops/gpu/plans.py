@@ -21,7 +21,8 @@ SOURCES = ("model", "measured")  # where a rule comes from; one without a source
 
 @dataclass(frozen=True)
 class Problem:
-    """arch: sm80, sm90, sm100, gfx942; itemsize in bytes; `ranks`: the most arena rows that a tile of 128 rows uses."""
+    """arch: sm80, sm90, sm100, gfx942; itemsize in bytes; `ranks`: the most arena rows that a tile of 128 rows uses;
+    training: a forward whose S is kept, and its backward, which have to agree on a plan."""
 
     arch: str
     itemsize: int
@@ -30,6 +31,7 @@ class Problem:
     K: int
     ranks: int
     invariant: bool = False
+    training: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class TilePlan:
 
     tile: batch rows a program takes; BN, BK: outputs and depth of the base product; BR: arena rows per step of the
     expansion; shrink_*: the same for x Aᵀ, whose K is cut into parts of about `depth`, and whose arena rows into
-    chunks of shrink_BR that at most `columns` programs share.
+    chunks of shrink_BR that at most `columns` programs share; factor_*: the same for dA and dBt, of factor_BR arena
+    rows and factor_BW columns, summed over factor_BM batch rows a step.
     """
 
     mode: str
@@ -55,10 +58,24 @@ class TilePlan:
     shrink_stages: int = 3
     depth: int = 512
     columns: int = 16
+    factor_BM: int = 64
+    factor_BR: int = 64
+    factor_BW: int = 64
+    factor_warps: int = 4
+    factor_stages: int = 2
 
     def split(self, K: int) -> int:
         """Into how many parts the shrink cuts K: of K alone, so that a row's sum never depends on its neighbours."""
         return max(1, min(16, K // self.depth))
+
+    def factor_sizes(self, itemsize: int, ranks: int) -> tuple[int, int, int]:
+        """(BM, BR, BW) for elements of so many bytes, where a tile lists at most `ranks` arena rows: no more of these
+        than there are, no more batch rows than a tile has. fp32 is multiplied without tensor cores, out of registers,
+        which hold no more than 16 by 16 of it with 64 columns."""
+        BM, BR, BW = self.factor_BM, self.factor_BR, self.factor_BW
+        if itemsize == 4:
+            BM, BR, BW = min(BM, 16), min(BR, 16), min(BW, 64)
+        return min(BM, self.tile), min(BR, max(16, 1 << (ranks - 1).bit_length())), BW
 
 
 def choose(problem: Problem, mode: str | None = None) -> TilePlan:

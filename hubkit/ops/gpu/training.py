@@ -20,10 +20,12 @@ from hubkit.ops.gpu import gradients
 from hubkit.ops.gpu.launch import Call, expand, noise, shrink
 from hubkit.ops.gpu.routes import Lists
 
-# Programs to fill a card with when a sum over batch rows is cut into parts: the same on every card, since the cut is
-# part of the result.
+# Blocks of 64 by 64 outputs to fill a card with when a sum over batch rows is cut into parts: the same on every card
+# and for every plan, since the cut is part of the result.
 PROGRAMS = 256
-LEAST_TILES = 4  # a part shorter than this is not worth its plane of partial sums
+LEAST_ROWS = 512  # a part of fewer is not worth its plane of partial sums
+WHOLE = 128  # rows, in which tiles of every height end
+DRAWN = 32  # elements of a mask that a thread may draw in a step: that needs registers
 
 
 def forward(call: Call) -> tuple[Sequence[Tensor], Tensor]:
@@ -72,19 +74,27 @@ def _add_input(call: Call, dx: Tensor, dZ: Tensor) -> None:
 def _factor(call: Call, S: Tensor, z: Tensor, factor: Tensor, *, dropped: bool = False) -> Tensor:
     """Sᵀ z for every arena row: S [M, ranks], z [M, W] to [R, W] in the factor's dtype."""
     (R, W), plan = factor.shape, call.plan
-    wide = 16 if z.dtype == torch.float32 else 64  # fp32 is multiplied without tensor cores, out of registers
-    BR, BW, BM = min(wide, max(16, triton.next_power_of_2(call.ranks))), 64, min(wide, plan.tile)
-    chunks, blocks = triton.cdiv(R, BR), triton.cdiv(W, BW)
-    parts = max(1, min(call.tiles // LEAST_TILES, PROGRAMS // (chunks * blocks)))
-    each = triton.cdiv(call.tiles, parts)
-    parts = triton.cdiv(call.tiles, each)
+    BM, BR, BW = plan.factor_sizes(z.element_size(), call.ranks)
+    if dropped and call.dropout:
+        BM = max(16, min(BM, DRAWN * 32 * plan.factor_warps // BW))
+    rows = rows_each(call.M, R, W)
+    parts = triton.cdiv(call.M, rows)
     out = torch.empty(parts, R, W, dtype=factor.dtype if parts == 1 else torch.float32, device=factor.device)
-    gradients.factor_kernel[(chunks, blocks, parts)](
+    gradients.factor_kernel[(triton.cdiv(R, BR), triton.cdiv(W, BW), parts)](
         S, z, out, call.lists.places,
-        call.M, R, W, each, z.stride(0), call.lists.stride_rows, call.ranks, **noise(call.dropout if dropped else None),
-        TILE=plan.tile, BM=BM, BR=BR, BW=BW, **call.arithmetic, num_warps=4, num_stages=2,
+        call.M, R, W, rows // plan.tile, z.stride(0), call.lists.stride_rows, call.ranks,
+        **noise(call.dropout if dropped else None),
+        TILE=plan.tile, BM=BM, BR=BR, BW=BW, **call.arithmetic,
+        num_warps=plan.factor_warps, num_stages=plan.factor_stages,
     )  # fmt: skip
     return out[0] if parts == 1 else out.sum(0).to(factor.dtype)
+
+
+def rows_each(M: int, R: int, W: int) -> int:
+    """How many batch rows a part of the sum for an [R, W] gradient has."""
+    outputs = triton.cdiv(R, 64) * triton.cdiv(W, 64)
+    parts = max(1, min(M // LEAST_ROWS, PROGRAMS // outputs))
+    return triton.cdiv(triton.cdiv(M, parts), WHOLE) * WHOLE
 
 
 def _coefficients(call: Call, turned: Sequence[Call]) -> Tensor:

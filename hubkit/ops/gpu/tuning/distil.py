@@ -123,8 +123,10 @@ def _spans(count: int) -> tuple[list[tuple[int, int]], Tensor]:
 def conditions(share: Share, arch: str, works: Sequence[Workload]) -> dict[str, Any]:
     """What a rule for the share says under "if". A number of rows or ranks stands for all above the next smaller one
     that was looked at (above half of the smallest); nothing is said of more than the largest. Linears other than
-    those looked at go with their neighbours, except where there was only one set of them."""
-    said: dict[str, Any] = {"arch": arch, "itemsize": works[0].itemsize, "invariant": False}
+    those looked at go with their neighbours, except where there was only one set of them. A rule speaks for the pass
+    that it was made for: before rules for the other it must not take their calls."""
+    alike = {"itemsize": works[0].itemsize, "invariant": False, "training": works[0].training}
+    said: dict[str, Any] = {"arch": arch, **alike}
     for axis in AXES:
         values = sorted({getattr(work, axis) for work in works})
         first, last = share.box[axis]

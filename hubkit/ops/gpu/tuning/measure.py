@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from hubkit.ops import naive
+from hubkit.ops.autograd import Wanted
+from hubkit.ops.gpu import training
 from hubkit.ops.gpu.launch import MODES, Call
 from hubkit.ops.gpu.plans import TilePlan
 from hubkit.ops.gpu.routes import Route
@@ -17,6 +19,8 @@ from hubkit.ops.gpu.tuning.workloads import RANK, Workload
 
 # largest error relative to the largest output
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 1.6e-2}
+LOOSER = 3  # gradients are sums of products of two rounded numbers
+TRAINED = Wanted(x=True, C=False, A=True, Bt=True)
 Run = Callable[[], Any]
 
 
@@ -62,7 +66,7 @@ class GraphTimer:
 
 
 class Rig:
-    """A workload's tensors on a device, and what y has to be."""
+    """A workload's tensors on a device, and what y has to be; for training, dX and each dA and dBt, too."""
 
     def __init__(self, work: Workload, dtype: torch.dtype, device: torch.device, chained: bool) -> None:
         self.work, self.chained = work, chained
@@ -81,12 +85,14 @@ class Rig:
         for g in range(work.groups):
             C[g, g * share : (g + 1) * share] = 0.5
         self.route = Route(C, torch.tensor([work.group(row) for row in range(work.M)]), device)
-        self.expected = [self._naive(which).float() for which in range(len(work.Ns))]
+        self.dys = tuple(normal(work.M, N, scale=N**-0.5) for N in work.Ns) if work.training else ()
+        self.limit = TOLERANCE[dtype] * (LOOSER if work.training else 1)
+        self.expected = [made.float() for made in self._exact()]
 
     def run(self, plan: TilePlan) -> Run:
         """A call that launches the plan; nothing of it is left for the first time but compiling."""
         call = Call(self.x, self.weights, self.As, self.Bts, self.route, plan, self.chained)
-        return lambda: MODES[plan.mode](call)
+        return (lambda: self._step(call)) if self.work.training else (lambda: MODES[plan.mode](call))
 
     def wrong(self, plan: TilePlan) -> str | None:
         """What is wrong with the plan on this device: it does not compile, does not fit, or computes something else."""
@@ -98,11 +104,32 @@ class Rig:
             ]
         except Exception as error:  # the compiler's and the driver's refusals have no common class
             return f"{type(error).__name__}: {error}"[:200]
-        limit = TOLERANCE[self.x.dtype]
-        return None if max(errors) <= limit else f"an error of {max(errors):.2g}, more than {limit}"
+        return None if max(errors) <= self.limit else f"an error of {max(errors):.2g}, more than {self.limit}"
 
-    def _naive(self, which: int) -> Tensor:
-        weight, bias = self.weights[which]
-        group = self.route.group
+    def _step(self, call: Call) -> list[Tensor]:
+        """Forward and backward; what they made, in the order of `expected`."""
+        ys, S = training.forward(call)
+        dx, _, dAs, dBts = training.backward(call, self.dys, S, TRAINED)
+        assert dx is not None
+        assert dAs is not None
+        assert dBts is not None
+        return [*ys, dx, *dAs, *dBts]
+
+    def _exact(self) -> list[Tensor]:
+        """y of each linear; and by torch's own differentiation of that, in fp32, the gradients."""
+        if not self.work.training:
+            return self._naive(self.x, self.As, self.Bts)
+        with torch.inference_mode(False), torch.enable_grad():
+            x, *factors = (t.clone().float().requires_grad_() for t in (self.x, *self.As, *self.Bts))
+            count = len(self.work.Ns)
+            ys = self._naive(x, factors[:count], factors[count:])
+            grads = torch.autograd.grad(ys, [x, *factors], [dy.clone().float() for dy in self.dys])
+        return [*(y.detach() for y in ys), *grads]
+
+    def _naive(self, x: Tensor, As: Sequence[Tensor], Bts: Sequence[Tensor]) -> list[Tensor]:
+        group, C = self.route.group, self.route.C.clone()
         assert group is not None
-        return naive.multilora_linear(self.x, weight, bias, self.As[which], self.Bts[which], self.route.C, group.long())
+        return [
+            naive.multilora_linear(x, weight.to(x.dtype, copy=True), None, A, Bt, C, group.long())
+            for (weight, _), A, Bt in zip(self.weights, As, Bts, strict=True)
+        ]

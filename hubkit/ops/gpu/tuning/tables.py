@@ -47,7 +47,7 @@ def sound_rules(
 
 
 def _sound(built: aot.Built) -> bool:
-    wide = built.target != "sm80" and built.tile >= 64 and built.itemsize == 2
+    wide = built.target != "sm80" and built.height >= 64 and built.itemsize == 2
     asynchronous = built.matrix != "HMMA" or not wide
     return (
         built.spilled == 0

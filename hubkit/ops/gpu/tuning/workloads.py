@@ -21,13 +21,15 @@ MODELS: dict[str, list[tuple[int, tuple[int, ...]]]] = {
     "smollm2-135m": [(576, (576, 192, 192)), (576, (576,)), (576, (1536, 1536)), (1536, (576,))],
 }
 ROWS = (1, 16, 32, 64, 128, 256, 512, 2048, 8192)
+TRAINING_ROWS = (128, 512, 2048, 8192)
 RANKS = (16, 64, 128, 512)
 
 
 @dataclass(frozen=True)
 class Workload:
     """M rows through linears K -> Ns. Consecutive rows share an adapter; any 128 of them use `ranks` arena rows, of
-    adapters of rank 16, or, where there are fewer rows than adapters, mixtures of those.
+    adapters of rank 16, or, where there are fewer rows than adapters, mixtures of those. `training`: forward and
+    backward, else the forward alone.
     """
 
     M: int
@@ -35,6 +37,7 @@ class Workload:
     Ns: tuple[int, ...]
     ranks: int
     itemsize: int
+    training: bool = False
 
     @cached_property
     def N(self) -> int:
@@ -42,7 +45,7 @@ class Workload:
 
     def problem(self, arch: str) -> Problem:
         """What the plan table is asked."""
-        return Problem(arch, self.itemsize, self.M, self.N, self.K, self.ranks)
+        return Problem(arch, self.itemsize, self.M, self.N, self.K, self.ranks, training=self.training)
 
     @cached_property
     def adapters(self) -> int:
@@ -64,10 +67,14 @@ class Workload:
 
 
 def workloads(
-    shapes: Iterable[tuple[int, tuple[int, ...]]], rows: Iterable[int], ranks: Iterable[int], itemsize: int
+    shapes: Iterable[tuple[int, tuple[int, ...]]],
+    rows: Iterable[int],
+    ranks: Iterable[int],
+    itemsize: int,
+    training: bool = False,
 ) -> list[Workload]:
     """All combinations, each once."""
-    found = [Workload(M, K, Ns, R, itemsize) for M in rows for R in ranks for K, Ns in shapes]
+    found = [Workload(M, K, Ns, R, itemsize, training) for M in rows for R in ranks for K, Ns in shapes]
     return list(dict.fromkeys(found))
 
 
