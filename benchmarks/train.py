@@ -1,13 +1,13 @@
 """LoRA training: hubkit against peft + transformers, the same model, rank, batches, initial states and loss.
 
     python -m benchmarks.train [--base REF] [--steps 12] [--rank 16] [--batch 16] [--peers all|fast]
-                               [--data FILE.jsonl] [--template plain|chat] [--compile] [--format human|json]
+                               [--data FILE.jsonl] [--template plain|chat] [--dropout 0.05] [--compile] [--format human|json]
 
 Everybody trains on the same examples, made-up text tasks of random length or those of a file, step for step in turns,
 in one process; a figure is the median over the steps after the first two. Tokens are those of the examples, padding
 left out; `rows` says which share of them hubkit computes, since examples that begin alike share their beginning. Every
 peft configuration gets the head on target positions only and no padding mask, as hubkit does; without those two it
-would be several times slower.
+would be several times slower. With dropout on the branches nothing is shared, and everybody draws masks of their own.
 """
 
 from __future__ import annotations
@@ -71,8 +71,14 @@ def peft_step(run: Run, model: Any, dtype: torch.dtype, *, wide: bool, attention
     recipe = run.recipe
     base = copy.deepcopy(model).to(dtype)
     base.set_attn_implementation(attention)
-    config = LoraConfig(r=recipe.rank, lora_alpha=int(recipe.alpha), target_modules="all-linear", task_type="CAUSAL_LM")
-    wrapped = get_peft_model(base, config, autocast_adapter_dtype=wide)
+    config = LoraConfig(
+        r=recipe.rank,
+        lora_alpha=int(recipe.alpha),
+        lora_dropout=recipe.dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    wrapped = get_peft_model(base, config, autocast_adapter_dtype=wide).train()
     parameters = dict(wrapped.named_parameters())
     with torch.no_grad():
         for path, branch in run.method.branches(torch.float32).items():
@@ -150,7 +156,7 @@ def rate(tokens: list[int], seconds: list[float]) -> float:
 def shared_rows(run: Run, count: int) -> float:
     """Which share of the tokens is computed where examples share the rows of their beginning."""
     steps = [[run.examples[i] for i in run.plan.step(number)] for number in range(WARM, count)]
-    rows = sum(pack(chosen)[1].rows for chosen in steps)
+    rows = sum(pack(chosen, share=not run.recipe.dropout)[1].rows for chosen in steps)
     return rows / sum(length(e) for chosen in steps for e in chosen)
 
 
@@ -163,6 +169,7 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
         steps=options.steps,
         batch=options.batch,
         lr=5e-4,
+        dropout=options.dropout,
         template=Template(options.template),
     )
     recipe = resolved(base, recipe, None)
@@ -184,6 +191,7 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
         "steps": options.steps,
         "data": options.data.name if options.data else "made up",
         "template": options.template,
+        "dropout": options.dropout,
         "rows": shared_rows(run, options.steps),
         "contenders": found,
         "best_peft": best,
@@ -201,7 +209,7 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
 def human(found: dict[str, Any]) -> str:
     lines = [f"{found['base']}, rank {found['rank']}, all linears, batch {found['batch']}, {found['steps']} steps"]
     lines.append(
-        f"data: {found['data']}, {found['template']} template; hubkit computes {found['rows']:.0%} of the tokens"
+        f"data: {found['data']}, {found['template']} template, dropout {found['dropout']}; hubkit computes {found['rows']:.0%} of the tokens"
     )
     exact = EXACT if EXACT in found["contenders"] else "hubkit"
     distance = f"mean |Δ loss| to {exact}"
@@ -226,6 +234,7 @@ def main() -> None:
     parser.add_argument("--peers", choices=("all", "fast"), default="all", help="fast: leave out the slowest")
     parser.add_argument("--data", type=Path, help="examples to train on; made-up ones if absent")
     parser.add_argument("--template", choices=("plain", "chat"), default="plain")
+    parser.add_argument("--dropout", type=float, default=0.0, help="on what the adapters read; everybody's")
     parser.add_argument("--compile", action="store_true", help="also try torch.compile (needs a C++ compiler)")
     parser.add_argument("--format", choices=("human", "json"), default="human")
     options = parser.parse_args()

@@ -77,7 +77,7 @@ inline __m512i paired(__m512 even, __m512 odd) {
     return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd)), 16));
 }
 
-// S^T [16, 16] fp32 to pairs along its rows in bf16: tile rows 0 to 7 the rounded numbers, 8 to 15 what rounding left.
+// S^T [16, 16] fp32 to pairs along its rows in bf16: even tile rows the rounded numbers, odd ones what rounding left.
 // Kept: the columns of `mask` in the first `count` rows, times coef.
 inline void split(const float* from, const float* coef, int64_t count, uint16_t mask, bf16* to) {
     auto wide = [](__m512i pairs, int odd) {
@@ -91,23 +91,23 @@ inline void split(const float* from, const float* coef, int64_t count, uint16_t 
             v[h] = j < count ? _mm512_mul_ps(kept, _mm512_set1_ps(coef[j])) : _mm512_setzero_ps();
         }
         __m512i high = paired(v[0], v[1]);
-        _mm512_store_si512(to + p * DEPTH, high);
-        _mm512_store_si512(to + (8 + p) * DEPTH,
+        _mm512_store_si512(to + 2 * p * DEPTH, high);
+        _mm512_store_si512(to + (2 * p + 1) * DEPTH,
                            paired(_mm512_sub_ps(v[0], wide(high, 0)), _mm512_sub_ps(v[1], wide(high, 1))));
     }
 }
 
-// Columns n to n + 16 of rows [count <= 16] to [16, 32]: row i holds column n + i twice; zeros for rows that are not
+// Columns n to n + 16 of rows [count <= 16] to [16, 32]: row i holds column n + i in pairs, each twice; zeros for rows that are not
 // there, and for columns from N on.
 inline void twice(const bf16* const* rows, int64_t count, int64_t n, int64_t N, bf16* to) {
-    __m512i r[SIDE];  // rows j and j + 1 as pairs: [8, 16, 2]; the other half is what gets the copy
+    __m512i r[SIDE];  // rows j and j + 1 as pairs: [8, 16, 2], each beside its copy
     __mmask16 there = N - n >= SIDE ? 0xffff : N > n ? (1 << (N - n)) - 1 : 0;
     for (int p = 0; p < 8; p++) {
         auto row = [&](int j) {
             return j < count ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, rows[j] + n))
                              : _mm512_setzero_si512();
         };
-        r[p] = r[p + 8] = _mm512_or_si512(row(2 * p), _mm512_slli_epi32(row(2 * p + 1), 16));
+        r[2 * p] = r[2 * p + 1] = _mm512_or_si512(row(2 * p), _mm512_slli_epi32(row(2 * p + 1), 16));
     }
     transpose(r);
     for (int i = 0; i < SIDE; i++) _mm512_store_si512(to + i * DEPTH, r[i]);
@@ -195,15 +195,18 @@ inline void split(const float* from, const float* coef, int64_t count, uint16_t 
     for (int j = 0; j < SIDE; j++)
         for (int m = 0; m < SIDE; m++) {
             float v = j < count && mask >> m & 1 ? from[j * SIDE + m] * coef[j] : 0.0f;
-            bf16* at = to + j / 2 * DEPTH + 2 * m + j % 2;
+            bf16* at = to + j / 2 * 2 * DEPTH + 2 * m + j % 2;
             at[0] = narrow(v);
-            at[8 * DEPTH] = narrow(v - widen(at[0]));
+            at[DEPTH] = narrow(v - widen(at[0]));
         }
 }
 
 inline void twice(const bf16* const* rows, int64_t count, int64_t n, int64_t N, bf16* to) {
     for (int i = 0; i < SIDE; i++)
-        for (int j = 0; j < DEPTH; j++) to[i * DEPTH + j] = j % SIDE < count && n + i < N ? rows[j % SIDE][n + i] : 0;
+        for (int k = 0; k < DEPTH; k++) {
+            int j = k / 4 * 2 + k % 2;
+            to[i * DEPTH + k] = j < count && n + i < N ? rows[j][n + i] : 0;
+        }
 }
 
 inline void finish(const float* from, const bf16* bias, bf16* y, int64_t stride, int64_t count, int64_t columns) {

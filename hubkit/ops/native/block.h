@@ -41,11 +41,13 @@ struct Right {
     int64_t step, apart;
 };
 
-// sums [RIGHT, 8, 16], the first `FLOATS * spread` apart, += left times right over `depth` numbers.
-template <int RIGHT> void multiply(const Left& left, const Right& right, int64_t depth, float* sums, int64_t spread) {
+// sums [RIGHT, 8, 16], the first `FLOATS * spread` apart, += left times right over `depth` numbers; fresh: = that.
+template <int RIGHT>
+void multiply(const Left& left, const Right& right, int64_t depth, float* sums, int64_t spread, bool fresh = false) {
     Floats held[RIGHT][ROWS];
     for (int r = 0; r < RIGHT; r++)
-        for (int i = 0; i < ROWS; i++) held[r][i] = read<Floats>(sums + r * spread * FLOATS + i * SIDE);
+        for (int i = 0; i < ROWS; i++)
+            held[r][i] = fresh ? Floats{} : read<Floats>(sums + r * spread * FLOATS + i * SIDE);
     const bf16 *a = left.at, *b = right.at;
     for (int64_t k = 0; k < depth; k += DEPTH, a += left.step, b += right.step) {
         if (left.ahead)
@@ -107,6 +109,32 @@ inline Floats widen(const bf16* p, int64_t count) {
     Floats v{};
     for (int i = 0; i < SIDE && i < count; i++) v[i] = tile::widen(p[i]);
     return v;
+#endif
+}
+
+// 16 numbers of two rows in pairs, those from `count` on zero; odd: null for a row of zeros.
+inline Pairs zipped(const bf16* even, const bf16* odd, int64_t count) {
+#if HUBKIT_AVX512
+    auto row = [&](const bf16* p) { return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(count >= SIDE ? 0xffff : first(count), p)); };
+    return (Pairs)(odd ? _mm512_or_si512(row(even), _mm512_slli_epi32(row(odd), 16)) : row(even));
+#else
+    Pairs v{};
+    for (int i = 0; i < SIDE && i < count; i++) v[i] = even[i] | (odd ? uint32_t(odd[i]) << 16 : 0);
+    return v;
+#endif
+}
+
+// 16 numbers in bf16, and what rounding left of them.
+inline void split(Floats v, bf16* high, bf16* low) {
+#if HUBKIT_AVX512
+    auto rounded = [](Floats f, bf16* to) {
+        __m256i narrow = (__m256i)_mm512_cvtneps_pbh((__m512)f);
+        std::memcpy(to, &narrow, sizeof narrow);
+    };
+    rounded(v, high);
+    rounded(v - widen(high, SIDE), low);
+#else
+    for (int i = 0; i < SIDE; i++) high[i] = tile::narrow(v[i]), low[i] = tile::narrow(v[i] - tile::widen(high[i]));
 #endif
 }
 

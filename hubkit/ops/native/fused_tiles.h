@@ -5,7 +5,7 @@
 
 #include <cstring>
 
-#include "fused.h"
+#include "pages.h"
 #include "tile.h"
 
 namespace {
@@ -13,13 +13,10 @@ namespace {
 using tile::allowed, tile::Registers;
 constexpr bool SHRINKS_PAIRS = true;
 
-constexpr int64_t PAGES = 64;  // of arena rows that a thread keeps transposed
-
 // A thread's own room.
 struct Desk {
-    std::vector<bf16> arena_room, page_room, weight_room;
-    bf16* slots = nullptr;      // transposed pages, for the columns of a task
-    std::vector<int64_t> tags;  // which page lies in each slot
+    std::vector<bf16> arena_room, weight_room;
+    Pages pages;
     alignas(64) float sums[4 * FLOATS], added[4 * FLOATS];
 };
 
@@ -105,23 +102,9 @@ template <int ROWS> void product(const Weights& W, const bf16* x, int64_t row, i
     }
 }
 
-// A piece's rows of Bt for the columns of a task, transposed: two tiles for every panel.
-const bf16* transposed(const Piece& piece, const Task& task, Desk& desk) {
-    int64_t slot = piece.page % desk.tags.size(), N = piece.part->columns;
-    bf16* page = desk.slots + slot * panels(task) * 2 * BF16S;
-    if (desk.tags[slot] != piece.page) {
-        desk.tags[slot] = piece.page;
-        const bf16* rows[SIDE];
-        for (int64_t j = 0; j < piece.count; j++) rows[j] = piece.part->Bt + piece.cols[j] * N;
-        for (int64_t i = 0; i < 2 * panels(task); i++)
-            tile::twice(rows, piece.count, task.begin + i * SIDE, N, page + i * BF16S);
-    }
-    return page;
-}
-
 template <int D> void expand(const Piece* piece, const Piece* end, const Task& task, int64_t n, Desk& desk) {
     for (; piece < end; piece++) {
-        const bf16* Bt = transposed(*piece, task, desk) + (n - task.begin) / SIDE * BF16S;
+        const bf16* Bt = desk.pages.turned(*piece, task, n);
         tile::load<6>(piece->S, tile::ROW);
         tile::load<4>(Bt, tile::ROW);
         tile::dot<D, 4, 6>();
@@ -157,9 +140,7 @@ void panel(const Call& call, const Work& work, const Task& task, int64_t t, int6
 }
 
 void compute(const Call& call, const Work& work, const Task& task, Desk& desk) {
-    int64_t slots = std::max<int64_t>(1, std::min(PAGES, work.pages));
-    desk.tags.assign(slots, -1);
-    desk.slots = lined(desk.page_room, slots * panels(task) * 2 * BF16S);
+    desk.pages.begin(work, task);
     if (call.turned) turn(call, task, desk.weight_room);
     for (int64_t t = task.first; t < task.last; t += 2)
         for (int64_t n = task.begin; n < task.end; n += PANEL)

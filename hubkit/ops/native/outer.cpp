@@ -36,11 +36,10 @@ void multiply(const bf16* S, int64_t padded, const Span& span, const bf16* zippe
     }
     tile::store<0>(sums), tile::store<1>(sums + FLOATS);
 #else
-    std::memset(sums, 0, 2 * FLOATS * sizeof *sums);
     const bf16 *rows = S + span.first * DEPTH, *pairs = zipped + span.first * 2 * BF16S;
     for (int j = 0; j < SIDE; j += block::ROWS)
         block::multiply<2>({rows + j * padded, padded, DEPTH, 0}, {pairs, 2 * BF16S, BF16S},
-                           (span.last - span.first) * DEPTH, sums + j * SIDE, 1);
+                           (span.last - span.first) * DEPTH, sums + j * SIDE, 1, true);
 #endif
 }
 
