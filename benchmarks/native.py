@@ -4,9 +4,10 @@
 
 `linears`: the multi-LoRA linear of rank 16 in bf16, in one pass (where the processor has what that takes) and in two,
 base by torch and deltas natively, beside torch's base product alone. Calls go through a stack of weights that no cache
-holds, as the layers of a model do. `training`: forward and backward of the linear, with all gradients but the weight's: the base
-product and its gradient alone, in one pass, and by torch. `attention`: forward and backward of a layer in training, over the tree of tokens,
-in torch as `hubkit.train` writes it out, and by torch's SDPA on the padded batch. Sides take turns; medians in µs.
+holds, as the layers of a model do. `training`: forward and backward of the linear, with all gradients but the weight's:
+the base product and its gradient alone, in one pass, and by torch. `attention`: forward and backward of a layer in
+training, over the tree of tokens, in torch as `hubkit.train` writes it out, and by torch's SDPA on the padded batch.
+Sides take turns; medians in µs.
 """
 
 from __future__ import annotations

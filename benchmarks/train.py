@@ -1,7 +1,8 @@
 """LoRA training: hubkit against peft + transformers, the same model, rank, batches, initial states and loss.
 
     python -m benchmarks.train [--base REF] [--steps 12] [--rank 16] [--batch 16] [--peers all|fast]
-                               [--data FILE.jsonl] [--template plain|chat] [--dropout 0.05] [--compile] [--format human|json]
+                               [--data FILE.jsonl] [--template plain|chat] [--dropout 0.05] [--compile]
+                               [--format human|json]
 
 Everybody trains on the same examples, made-up text tasks of random length or those of a file, step for step in turns,
 in one process; a figure is the median over the steps after the first two. Tokens are those of the examples, padding
@@ -209,7 +210,8 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
 def human(found: dict[str, Any]) -> str:
     lines = [f"{found['base']}, rank {found['rank']}, all linears, batch {found['batch']}, {found['steps']} steps"]
     lines.append(
-        f"data: {found['data']}, {found['template']} template, dropout {found['dropout']}; hubkit computes {found['rows']:.0%} of the tokens"
+        f"data: {found['data']}, {found['template']} template, dropout {found['dropout']}; "
+        f"hubkit computes {found['rows']:.0%} of the tokens"
     )
     exact = EXACT if EXACT in found["contenders"] else "hubkit"
     distance = f"mean |Δ loss| to {exact}"

@@ -39,8 +39,8 @@ class Dropout:
         return 1 / (1 - self.p)
 
     def applied(self, x: Tensor) -> Tensor:
-        """x as it reaches the branches, of its shape and dtype. The leading dimensions of x count up the rows m. Applied
-        to the gradient of what reaches the branches, it gives that of x."""
+        """x as it reaches the branches, of its shape and dtype. The leading dimensions of x count up the rows m.
+        Applied to the gradient of what reaches the branches, it gives that of x."""
         from hubkit.ops import native  # which stands on this module
 
         if x.device.type == "cpu" and x.dtype in native.DTYPES and not native.unavailable():
@@ -57,7 +57,8 @@ class Dropout:
 
 
 def philox(rows: int, columns: int, seed: int, device: torch.device) -> Tensor:
-    """[rows, columns] int64: Philox-4x32-10 under the key `seed`, column k being word k % 4 of counter (k // 4, row, 0, 0)."""
+    """[rows, columns] int64: Philox-4x32-10 under the key `seed`; column k is word k % 4 of the counter
+    (k // 4, row, 0, 0)."""
     blocks = -(-columns // 4)
     zero = torch.zeros(rows, blocks, dtype=torch.int64, device=device)
     c0 = zero + torch.arange(blocks, device=device)

@@ -97,7 +97,8 @@ class Plan(TrainablePlan):
     def _whole(self, parts: Sequence[Tensor]) -> list[Tensor | None]:
         """Gradients of whole arenas from those of the rows in use; a row that several groups use gets the sum."""
         return [
-            part if route.alone and len(part) == route.C.shape[1] else _summed(part, route) for part, route in zip(parts, self.members.routes, strict=True)
+            part if route.alone and len(part) == route.C.shape[1] else _summed(part, route)
+            for part, route in zip(parts, self.members.routes, strict=True)
         ]
 
     @cached_property
