@@ -32,7 +32,7 @@ from hubkit.train.packing import Packing
 RANK = 16
 STACK_BYTES = 200 << 20
 SHAPES = [(576, 576), (576, 3072), (1536, 576), (2048, 2048), (4096, 4096)]
-BATCHES = [(16, 8), (64, 8), (1024, 16)]  # rows, adapters
+BATCHES = [(16, 8), (64, 8), (1024, 16), (1024, 1)]  # rows, adapters
 STEPS = [(1024, 1, 0.0), (1024, 8, 0.0), (1024, 1, 0.05)]  # rows, adapters in the batch, dropout
 SEQUENCES = [[64] * 16, range(5, 85, 5), [192] * 8, [512] * 8]  # tokens of each
 HEADS, GROUPS, HEAD_SIZE = 9, 3, 64  # of SmolLM2-135M

@@ -1,7 +1,7 @@
 """LoRA training: hubkit against peft + transformers, the same model, rank, batches, initial states and loss.
 
     python -m benchmarks.train [--base REF] [--steps 12] [--rank 16] [--batch 16] [--peers all|fast]
-                               [--data FILE.jsonl] [--template plain|chat] [--dropout 0.05] [--compile]
+                               [--data FILE.jsonl] [--template plain|chat] [--dropout 0.05] [--compile] [--profile]
                                [--format human|json]
 
 Everybody trains on the same examples, made-up text tasks of random length or those of a file, step for step in turns,
@@ -9,6 +9,7 @@ in one process; a figure is the median over the steps after the first two. Token
 left out; `rows` says which share of them hubkit computes, since examples that begin alike share their beginning. Every
 peft configuration gets the head on target positions only and no padding mask, as hubkit does; without those two it
 would be several times slower. With dropout on the branches nothing is shared, and everybody draws masks of their own.
+`--profile` adds where hubkit's last step spends its time, beside the base's products for as many rows alone, by torch.
 """
 
 from __future__ import annotations
@@ -161,6 +162,33 @@ def shared_rows(run: Run, count: int) -> float:
     return rows / sum(length(e) for chosen in steps for e in chosen)
 
 
+def profile(run: Run, model: Any, number: int) -> dict[str, Any]:
+    """Milliseconds of a step by what spends the most, and of the base's products alone: forward and those of dX."""
+    from torch.profiler import ProfilerActivity
+
+    rows = pack([run.examples[i] for i in run.plan.step(number)], share=not run.recipe.dropout)[1].rows
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as recorded:
+        run.step(number)
+    own = sorted(((e.self_cpu_time_total / 1e3, e.key) for e in recorded.key_averages()), reverse=True)
+    products = min(base_products(model, rows) for _ in range(3))
+    spent = {name: round(taken, 1) for taken, name in own[:12]}
+    return {"rows": rows, "ms": round(sum(taken for taken, _ in own), 1), "base_products": products, "spent": spent}
+
+
+def base_products(model: Any, rows: int) -> float:
+    head = model.get_output_embeddings()
+    weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    widths = {size for weight in weights for size in weight.shape}
+    inputs = {size: torch.randn(rows, size).to(weights[0].dtype) for size in widths}
+    began = time.perf_counter()
+    with torch.no_grad():
+        for weight in weights:
+            torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+        for weight in weights:
+            inputs[weight.shape[0]] @ weight
+    return round((time.perf_counter() - began) * 1e3, 1)
+
+
 def report(options: argparse.Namespace) -> dict[str, Any]:
     base = load_base(options.base)
     recipe = Recipe(
@@ -182,6 +210,7 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
     run = Run(base, recipe, encoded)
     with frozen(base.model):
         found = measure(run, contenders(run, pristine, options), options.steps)
+        spent = profile(run, pristine, options.steps - 1) if options.profile else None
     run.close()
     peers = {name: row["tokens_per_second"] for name, row in found.items() if name != "hubkit"}
     best = max(peers, key=lambda name: peers[name])
@@ -195,6 +224,7 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
         "dropout": options.dropout,
         "rows": shared_rows(run, options.steps),
         "contenders": found,
+        **({"profile": spent} if spent else {}),
         "best_peft": best,
         "ratio": found["hubkit"]["tokens_per_second"] / peers[best],
         "cpu_ratio": found["hubkit"]["tokens_per_cpu_second"] / found[best]["tokens_per_cpu_second"],
@@ -224,6 +254,11 @@ def human(found: dict[str, Any]) -> str:
         f"hubkit trains {found['ratio']:.2f} times as fast as the best, {found['best_peft']} "
         f"({found['cpu_ratio']:.2f} by CPU time)"
     )
+    if spent := found.get("profile"):
+        lines.append(
+            f"a step of {spent['rows']} rows, profiled: {spent['ms']} ms; base products: {spent['base_products']}"
+        )
+        lines += [f"{name:44}{taken:9.1f}" for name, taken in spent["spent"].items()]
     return "\n".join(lines)
 
 
@@ -238,6 +273,7 @@ def main() -> None:
     parser.add_argument("--template", choices=("plain", "chat"), default="plain")
     parser.add_argument("--dropout", type=float, default=0.0, help="on what the adapters read; everybody's")
     parser.add_argument("--compile", action="store_true", help="also try torch.compile (needs a C++ compiler)")
+    parser.add_argument("--profile", action="store_true", help="also where hubkit's last step spends its time")
     parser.add_argument("--format", choices=("human", "json"), default="human")
     options = parser.parse_args()
     if options.steps <= WARM:

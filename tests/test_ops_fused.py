@@ -200,6 +200,7 @@ GROUPS = {
     "segments": ([[0], [1], [2]], "together"),
     "a base row, interleaved": ([[0], [1], []], "apart"),
     "mixtures that share arena rows": ([[0, 1], [1, 2]], "apart"),
+    "a group without rows": ([[0], [1], [2]], "all of the last"),
 }
 
 
@@ -214,6 +215,8 @@ def trained(M: int, K: int, Ns: list[int], ranks: list[int], groups: str, spare:
         sizes = [rank, rank + 3, 2 * rank][:count]
         case = build(tokens=tokens, mixtures=mixtures, ranks=sizes, K=K, N=N, gap=spare, dtype=torch.bfloat16, seed=i)
         case.x = case.x if not cases else cases[0].x
+        if order == "all of the last":
+            case.group.masked_fill_(case.group == 1, 2)
         if order == "apart":
             case.group = case.group[torch.randperm(M, generator=torch.Generator().manual_seed(1))]
         cases.append(case)

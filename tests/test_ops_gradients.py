@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hubkit import ops
 from hubkit.ops import cpu, naive, native
 from hubkit.ops.dropout import Dropout, philox
+from hubkit.ops.native.dropout import draw
 from tests.test_ops import FAST, NATIVE, RANKS, ROUTINGS, TOLERANCE, Case, build, error
 
 # sums over all rows of products of two rounded numbers: a bit looser than the outputs
@@ -218,7 +219,7 @@ def test_native_dropout_is_that_of_torch(rows: int, columns: int) -> None:
     for seed in (0, 1, 2**63 - 1, 0x1234_5678_9ABC):
         for p in (0.0, 0.3, 0.99):
             dropout = Dropout(p, seed)
-            bits = native.dropout.mask(dropout, rows, columns)
+            bits, _ = draw(dropout, rows, columns)
             mask = dropout.mask(torch.empty(rows, columns))
             assert torch.equal(bits.repeat_interleave(32, 1)[:, :columns] >> torch.arange(columns) % 32 & 1, mask.int())
             for dtype in native.DTYPES:

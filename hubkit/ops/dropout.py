@@ -41,19 +41,21 @@ class Dropout:
     def applied(self, x: Tensor) -> Tensor:
         """x as it reaches the branches, of its shape and dtype. The leading dimensions of x count up the rows m.
         Applied to the gradient of what reaches the branches, it gives that of x."""
-        from hubkit.ops import native  # which stands on this module
+        from hubkit.ops.native.dropout import draw  # which stands on this module
+        from hubkit.ops.native.library import DTYPES, unavailable
 
-        if x.device.type == "cpu" and x.dtype in native.DTYPES and not native.unavailable():
-            K = x.shape[-1]
-            rows = x.numel() // K if K else 0
-            return native.dropout.drop(x, native.dropout.mask(self, rows, K), self.scale)
+        if x.device.type == "cpu" and x.dtype in DTYPES and not unavailable():
+            return draw(self, *_size(x)).applied(x)
         return (x * self.scale).where(self.mask(x), 0)
 
     def mask(self, x: Tensor) -> Tensor:
         """bool of x's shape: which elements are kept."""
-        K = x.shape[-1]
-        rows = x.numel() // K if K else 0
-        return (philox(rows, K, self.seed, x.device) >> 1 < self.threshold).view(x.shape)
+        return (philox(*_size(x), self.seed, x.device) >> 1 < self.threshold).view(x.shape)
+
+
+def _size(x: Tensor) -> tuple[int, int]:
+    K = x.shape[-1]
+    return x.numel() // K if K else 0, K
 
 
 def philox(rows: int, columns: int, seed: int, device: torch.device) -> Tensor:

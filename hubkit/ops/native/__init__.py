@@ -18,13 +18,12 @@ from torch.nn.functional import linear
 from hubkit.ops import cpu
 from hubkit.ops.autograd import Gradients, TrainablePlan, Wanted, Weights
 from hubkit.ops.dropout import Dropout
-from hubkit.ops.native import dropout as dropout
 from hubkit.ops.native import library
 from hubkit.ops.native.fused import PIECE, Fused
 from hubkit.ops.native.library import DTYPES, function, unavailable
 from hubkit.ops.native.members import Members, Pointers, Route
 
-__all__ = ["DTYPES", "Plan", "Route", "dropout", "plan", "route", "unavailable"]
+__all__ = ["DTYPES", "Plan", "Route", "plan", "route", "unavailable"]
 
 DEEP, TALL = 3072, 128  # products of at least that K and M that torch's blocking suits better (docs/kernel.md)
 
@@ -79,8 +78,7 @@ class Plan(TrainablePlan):
         if fused is None:
             return self.generic.backward(x, weights, dropout, wanted, kept, dys)
         dx, dA, dBt = fused.backward(x, weights, dropout, dys, wanted, kept)
-        none: list[Tensor | None] = [None] * len(dys)
-        return Gradients(dx, none, self._whole(dA) if wanted.A else none, self._whole(dBt) if wanted.Bt else none)
+        return Gradients(dx, [None] * len(dys), self._of_arenas(dA), self._of_arenas(dBt))
 
     def _in_one_pass(self, x: Tensor, weights: Weights) -> bool:
         """Whether there is anything to compute, all of it in x's dtype, autocast is off, and torch is not faster."""
@@ -94,12 +92,9 @@ class Plan(TrainablePlan):
         fits = self.fused is not None and self.fused.trains and x.dtype is self.dtype and not wanted.C
         return self.fused if fits and self._in_one_pass(x, weights) else None
 
-    def _whole(self, parts: Sequence[Tensor]) -> list[Tensor | None]:
-        """Gradients of whole arenas from those of the rows in use; a row that several groups use gets the sum."""
-        return [
-            part if route.alone and len(part) == route.C.shape[1] else _summed(part, route)
-            for part, route in zip(parts, self.members.routes, strict=True)
-        ]
+    def _of_arenas(self, parts: Sequence[Tensor] | None) -> list[Tensor | None]:
+        routes = self.members.routes
+        return [_whole(*pair) for pair in zip(parts, routes, strict=True)] if parts else [None] * len(routes)
 
     @cached_property
     def generic(self) -> cpu.Plan:
@@ -107,12 +102,13 @@ class Plan(TrainablePlan):
         return cpu.Plan([(route.generic, A, Bt) for route, (_, A, Bt) in members])
 
 
-def _summed(part: Tensor, route: Route) -> Tensor:
+def _whole(part: Tensor, route: Route) -> Tensor:
+    """The gradient of an arena from that of the route's entries; a row that several groups use gets the sum."""
     rows = route.C.shape[1]
-    if route.alone:
-        return part.new_zeros(rows, part.shape[1]).index_copy_(0, route.cols, part)
-    whole = part.new_zeros(rows, part.shape[1], dtype=torch.float32)
-    return whole.index_add_(0, route.cols, part.float()).to(part.dtype)
+    if not route.alone:
+        whole = part.new_zeros(rows, part.shape[1], dtype=torch.float32)
+        return whole.index_add_(0, route.cols, part.float()).to(part.dtype)
+    return part if len(part) == rows else part.new_zeros(rows, part.shape[1]).index_copy_(0, route.cols, part)
 
 
 def route(C: Tensor, group: Tensor | None, active: Tensor | None = None) -> Route:

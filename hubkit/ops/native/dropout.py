@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -11,16 +13,21 @@ from hubkit.ops.native.library import DTYPES, function
 WORD = 32  # columns
 
 
-def mask(dropout: Dropout, rows: int, columns: int) -> Tensor:
-    """Which elements are kept: int32 [rows, words], bit k % 32 of word k // 32 for column k."""
+class Mask(NamedTuple):
+    """bits: int32 [rows, words], bit k % 32 of word k // 32 says whether column k is kept."""
+
+    bits: Tensor
+    scale: float
+
+    def applied(self, x: Tensor) -> Tensor:
+        """x times scale, rounded once, where its rows' bits say so; elsewhere 0."""
+        x = x.contiguous()
+        out, rows, K = torch.empty_like(x), len(self.bits), x.size(-1)
+        function("drop")(self.bits.data_ptr(), x.data_ptr(), out.data_ptr(), rows, K, self.scale, DTYPES[x.dtype])
+        return out
+
+
+def draw(dropout: Dropout, rows: int, columns: int) -> Mask:
     bits = torch.empty(rows, -(-columns // WORD), dtype=torch.int32)
     function("dropout_mask")(bits.data_ptr(), rows, columns, dropout.seed, dropout.threshold)
-    return bits
-
-
-def drop(x: Tensor, bits: Tensor, scale: float) -> Tensor:
-    """x times scale, rounded once, where `bits` of its rows [M, K] say so; elsewhere 0."""
-    x = x.contiguous()
-    out, K = torch.empty_like(x), x.size(-1)
-    function("drop")(bits.data_ptr(), x.data_ptr(), out.data_ptr(), len(bits), K, scale, DTYPES[x.dtype])
-    return out
+    return Mask(bits, dropout.scale)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hubkit.ops.autograd import Wanted, Weights
 from hubkit.ops.dropout import Dropout
-from hubkit.ops.native.dropout import drop, mask
+from hubkit.ops.native.dropout import Mask, draw
 from hubkit.ops.native.library import function
 from hubkit.ops.native.members import Members, Pointers
 
@@ -47,7 +47,7 @@ class Fused:
         M = members.check(x, [weight.size(0) for weight, _ in weights])
         held = [(weight.contiguous(), None if bias is None else bias.contiguous()) for weight, bias in weights]
         outputs = [x.new_empty(*x.shape[:-1], N) for N in members.N]
-        seen = x if dropout is None else drop(x, mask(dropout, M, members.K), dropout.scale)
+        seen = x if dropout is None else draw(dropout, M, members.K).applied(x)
         S = self._sums(x, M) if keep else ()
         matrices, biases = zip(*held, strict=True)
         self._forward(
@@ -60,23 +60,21 @@ class Fused:
     def backward(
         self, x: Tensor, weights: Weights, dropout: Dropout | None, dys: Sequence[Tensor], wanted: Wanted,
         S: Sequence[Tensor],
-    ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:  # fmt: skip
-        """dx [..., K], and of each linear dA [ranks, K] and dBt [ranks, N] of the arena rows in use; S as `forward`
-        kept it."""
+    ) -> tuple[Tensor | None, list[Tensor] | None, list[Tensor] | None]:  # fmt: skip
+        """dx [..., K], and of each linear dA [ranks, K] and dBt [ranks, N] of the arena rows in use, as far as wanted;
+        S as `forward` kept it."""
         members, x, dys = self._members, x.contiguous(), [dy.contiguous() for dy in dys]
         M = x.numel() // members.K
         dx = torch.empty_like(x) if wanted.x else None
-        bits = None if dropout is None else mask(dropout, M, members.K)
-        Z = self._gradient_of_x(weights, dropout, bits, dys, dx, M)
-        seen = x if dropout is None or bits is None or not wanted.A else drop(x, bits, dropout.scale)
-        dA = self._outer(range(len(Z)), Z, seen) if wanted.A else []
-        dBt = [self._outer([i], S[i : i + 1], dy)[0] for i, dy in enumerate(dys)] if wanted.Bt else []
+        mask = None if dropout is None else draw(dropout, M, members.K)
+        Z = self._gradient_of_x(weights, mask, dys, dx, M)
+        dA = self._outer(range(len(Z)), Z, x if mask is None else mask.applied(x)) if wanted.A else None
+        dBt = [self._outer([i], S[i : i + 1], dy)[0] for i, dy in enumerate(dys)] if wanted.Bt else None
         return dx, dA, dBt
 
     def _gradient_of_x(
-        self, weights: Weights, dropout: Dropout | None, bits: Tensor | None, dys: Sequence[Tensor], dx: Tensor | None,
-        M: int,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+        self, weights: Weights, mask: Mask | None, dys: Sequence[Tensor], dx: Tensor | None, M: int
+    ) -> tuple[Tensor, ...]:
         """Writes dx, if it is wanted; Zᵀ [ranks, rows] of each linear as in `forward`, Z = (dy Btᵀ) ⊙ C."""
         members = self._members
         held = [weight.contiguous() for weight, _ in weights]
@@ -84,7 +82,7 @@ class Fused:
         self._gradient(
             members.address, self._weights.fill(held), self._outputs.fill(dys), self._S.fill(Z), _padded(M),
             len(members), None if dx is None else dx.data_ptr(), M, members.K,
-            None if bits is None else bits.data_ptr(), 1.0 if dropout is None else dropout.scale,
+            None if mask is None else mask.bits.data_ptr(), 1.0 if mask is None else mask.scale,
             torch.get_num_threads(),
         )  # fmt: skip
         return Z
