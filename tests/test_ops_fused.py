@@ -29,9 +29,12 @@ SIZES = [
 ]
 
 
+OTHER = {"vectors": ["-DHUBKIT_BY_TILES=0"]} if "amx_bf16" in builder._processor() else {}
+if not OTHER and "avx512_bf16" in builder._processor():
+    OTHER = {"tiles": ["-DHUBKIT_BY_TILES=1"]}  # registers in plain C++, all around them in vectors
 WAYS = {
     "own": [],
-    **({"vectors": ["-DHUBKIT_BY_TILES=0"]} if "amx_bf16" in builder._processor() else {}),
+    **OTHER,
     "plain tiles": ["-DHUBKIT_PLAIN", "-DHUBKIT_BY_TILES=1"],
     "plain vectors": ["-DHUBKIT_PLAIN", "-DHUBKIT_BY_TILES=0"],
 }  # this processor's, and those of others
@@ -56,7 +59,7 @@ def way(
 ) -> str:
     found = libraries[request.param]
     assert not isinstance(found, builder.BuildError), found
-    if "plain" not in request.param and not found.hubkit_fused_allowed():  # type: ignore[attr-defined]
+    if request.param == "own" and not found.hubkit_fused_allowed():  # type: ignore[attr-defined]
         pytest.skip("this processor has neither AMX nor AVX-512 for bf16")
     monkeypatch.setattr(library, "_library", lambda: found)
     monkeypatch.setattr(library, "fuses", lambda: True)
