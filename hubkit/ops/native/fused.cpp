@@ -31,16 +31,15 @@ void pair_up(const Call& call, const Work& work, int64_t t) {
 void run(const Call& call) {
     thread_local Work kept;
     Work& work = kept;  // the threads below would each see their own
-    int64_t columns = 0;
-    for (const Output& output : call.outputs) columns += output.columns;
     for (int64_t first = 0; first < call.M; first += SLAB) {
         work.plan(call, first);
-#pragma omp parallel if (call.M * call.features * columns > SMALL)
+        work.share_out(call, shape(call, work));
+#pragma omp parallel if (call.M * call.features * call.columns > SMALL)
         {
             thread_local Desk desk;
             [[maybe_unused]] Registers registers;
 #pragma omp for schedule(static)
-            for (int64_t t = 0; t < work.tiles; t++) pair_up(call, work, t);
+            for (int64_t t = 0; t < (pairs_up(work) ? work.tiles : 0); t++) pair_up(call, work, t);
 #pragma omp for schedule(dynamic)
             for (size_t i = 0; i < work.shrinks.size(); i++) shrink(call, work, work.shrinks[i], desk);
 #pragma omp for schedule(dynamic)
@@ -72,6 +71,8 @@ EXPORTED void hubkit_fused(const Member* members, const bf16* const* weights, co
         call.outputs.push_back({y[i], biases[i], members[i].N, &call.parts[i], &call.parts[i] + 1});
     call.features = K + rest.offset, call.M = M, call.padded = padded, call.threads = threads, call.turned = false;
     call.dropped = {};
+    call.columns = 0;
+    for (const Output& output : call.outputs) call.columns += output.columns;
     run(call);
 }
 
@@ -91,7 +92,7 @@ EXPORTED void hubkit_fused_gradient(const Member* members, const bf16* const* we
         features += input.features;
     }
     call.outputs.push_back({dx, nullptr, K, call.parts.data(), call.parts.data() + count});
-    call.features = features, call.M = M, call.padded = padded, call.threads = threads, call.turned = true;
+    call.features = features, call.columns = K, call.M = M, call.padded = padded, call.threads = threads, call.turned = true;
     call.dropped = {bits, scale};
     run(call);
 }

@@ -52,8 +52,8 @@ struct Call {
     std::vector<Input> inputs;  // those that are read in pairs, by their offsets
     std::vector<Part> parts;
     std::vector<Output> outputs;
-    int64_t features, M, padded, threads;  // features: of all inputs; padded: of kept S
-    bool turned;                           // W [features, columns]
+    int64_t features, columns, M, padded, threads;  // features: of all inputs; columns: of all outputs; padded: of kept S
+    bool turned;                                    // W [features, columns]
     Dropped dropped;
 };
 
@@ -76,6 +76,10 @@ struct Shrink {  // pieces of parts that have as many features
 struct Task {  // columns [begin, end) of an output, for the tiles of batch rows [first, last)
     const Output* output;
     int64_t number, begin, end, first, last;
+};
+
+struct Shape {  // of tasks
+    int64_t width, height;  // columns, tiles of batch rows
 };
 
 int64_t panels(const Task& task) { return (task.end - task.begin + PANEL - 1) / PANEL; }
@@ -106,7 +110,6 @@ struct Work {
         bf16* S = lined(S_room, pieces.size() * BF16S);
         for (Piece& piece : pieces) piece.S = S, S += BF16S;
         share_out_shrinks();
-        share_out(call);
     }
 
     // The pieces of an output, tile of rows by tile.
@@ -164,22 +167,25 @@ struct Work {
         }
     }
 
-    void share_out(const Call& call) {
+    void share_out(const Call& call, const Shape& shape) {
         tasks.clear();
-        int64_t columns = 0, width = PANELS * PANEL, height = std::min(TILES, tiles);
-        for (const Output& output : call.outputs) columns += output.columns;
-        if (tiles == 1) width = FEW * PANEL;
-        while (width > PANEL && columns / width * (tiles / height) < 4 * call.threads) width /= 2;
-        while (call.turned && width > PANEL && width * call.features > WEIGHTS) width /= 2;
         for (size_t i = 0; i < call.outputs.size(); i++) {
             const Output& output = call.outputs[i];
-            for (int64_t n = 0; output.y && n < output.columns; n += width)
-                for (int64_t t = 0; t < tiles; t += height)
-                    tasks.push_back({&output, int64_t(i), n, std::min(output.columns, n + width), t,
-                                     std::min(tiles, t + height)});
+            for (int64_t n = 0; output.y && n < output.columns; n += shape.width)
+                for (int64_t t = 0; t < tiles; t += shape.height)
+                    tasks.push_back({&output, int64_t(i), n, std::min(output.columns, n + shape.width), t,
+                                     std::min(tiles, t + shape.height)});
         }
     }
 };
+
+// Tasks of weights that are read as they lie, or turned.
+Shape panels_of(const Call& call, const Work& work) {
+    int64_t width = work.tiles == 1 ? FEW * PANEL : PANELS * PANEL, height = std::min(TILES, work.tiles);
+    while (width > PANEL && call.columns / width * (work.tiles / height) < 4 * call.threads) width /= 2;
+    while (call.turned && width > PANEL && width * call.features > WEIGHTS) width /= 2;
+    return {width, height};
+}
 
 // ---- weights -------------------------------------------------------------------------------------------------
 

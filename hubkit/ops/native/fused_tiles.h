@@ -102,9 +102,21 @@ template <int ROWS> void product(const Weights& W, const bf16* x, int64_t row, i
     }
 }
 
+// A piece's rows of Bt for the panel at column n, turned, each number twice: two tiles.
+const bf16* turned(const Piece& piece, const Task& task, int64_t n, Pages& pages) {
+    int64_t N = piece.part->columns;
+    const bf16* page = pages.of(piece, [&](bf16* to) {
+        const bf16* rows[SIDE];
+        for (int64_t j = 0; j < piece.count; j++) rows[j] = piece.part->Bt + piece.cols[j] * N;
+        for (int64_t i = 0; i < 2 * panels(task); i++)
+            tile::twice(rows, piece.count, task.begin + i * SIDE, N, to + i * BF16S);
+    });
+    return page + (n - task.begin) / SIDE * BF16S;
+}
+
 template <int D> void expand(const Piece* piece, const Piece* end, const Task& task, int64_t n, Desk& desk) {
     for (; piece < end; piece++) {
-        const bf16* Bt = desk.pages.turned(*piece, task, n);
+        const bf16* Bt = turned(*piece, task, n, desk.pages);
         tile::load<6>(piece->S, tile::ROW);
         tile::load<4>(Bt, tile::ROW);
         tile::dot<D, 4, 6>();
@@ -139,8 +151,11 @@ void panel(const Call& call, const Work& work, const Task& task, int64_t t, int6
     }
 }
 
+bool pairs_up(const Work&) { return true; }
+Shape shape(const Call& call, const Work& work) { return panels_of(call, work); }
+
 void compute(const Call& call, const Work& work, const Task& task, Desk& desk) {
-    desk.pages.begin(work, task);
+    desk.pages.begin(work, panels(task) * 2 * BF16S);
     if (call.turned) turn(call, task, desk.weight_room);
     for (int64_t t = task.first; t < task.last; t += 2)
         for (int64_t n = task.begin; n < task.end; n += PANEL)

@@ -1,0 +1,185 @@
+// Rows of y in fp32, on their way from sums to bf16: how S is computed, expanded and added by vectors. Included by the two
+// ways of a fused call on vectors alone.
+//
+// A tile of batch rows that several groups share would be multiplied by the factors of each. So S is computed and
+// expanded for a group's own rows alone.
+#pragma once
+
+#include "block.h"
+#include "pages.h"
+
+namespace {
+
+using block::Floats, block::Pairs, block::read, block::Sums;
+
+constexpr int TOGETHER = 8;                  // rows of y that are computed together
+constexpr int STRIPS = 3;                    // of 16 columns of y that are computed together, at most
+constexpr int64_t WIDE = STRIPS * SIDE;      // columns of a tile's rows of y
+constexpr int64_t ZIPPED = SIDE / 2 * DEPTH;  // numbers of 16 arena rows in pairs, for 16 columns
+
+// Features from k on of what an output's part reads, and W for them, laid out: [strips, features / 2, 16, 2].
+struct Stretch {
+    const Part* part;
+    int64_t k, features;
+    bf16* matrix;
+};
+
+// A thread's own room.
+struct Desk {
+    std::vector<Stretch> lot;
+    std::vector<bf16> weight_room;
+    std::vector<float> row_room;
+    Pages pages;
+    alignas(64) float sums[4 * FLOATS];
+    alignas(64) float rows[SIDE * WIDE], added[SIDE * WIDE];
+    alignas(64) bf16 page[STRIPS * ZIPPED];
+};
+
+// The batch rows of a piece, numbered within their tile.
+struct Mine {
+    int rows[SIDE], count = 0;
+    explicit Mine(uint16_t mask) {
+        for (; mask; mask &= mask - 1) rows[count++] = __builtin_ctz(mask);
+    }
+};
+
+// ---- shrink --------------------------------------------------------------------------------------------------
+
+// Sums over features of two rows of x times eight of A: [2, 8].
+Floats products(const bf16* const* x, const bf16* const* A, int64_t features) {
+    Floats held[2 * block::ROWS] = {};
+    for (int64_t k = 0; k < features; k += DEPTH) {
+        Pairs even = read<Pairs>(x[0] + k), odd = read<Pairs>(x[1] + k);
+        for (int j = 0; j < block::ROWS; j++) {
+            Pairs a = read<Pairs>(A[j] + k);
+            held[j] = block::dot(held[j], a, even);
+            held[j + block::ROWS] = block::dot(held[j + block::ROWS], a, odd);
+        }
+    }
+    return block::sums(held);
+}
+
+// Two batch rows of S for a piece, or one, computed twice. A row of S: 16 numbers, and what rounding left of them.
+void shrink_rows(const Work& work, const Piece& piece, const int* rows, int count) {
+    int64_t K = piece.part->seen.features;
+    int row[2] = {rows[0], rows[count - 1]};
+    const bf16 *x[2], *A[SIDE];
+    for (int i = 0; i < 2; i++) x[i] = piece.part->seen.x + (work.first + piece.tile * SIDE + row[i]) * K;
+    for (int64_t j = 0; j < SIDE; j++) A[j] = piece.part->A + piece.cols[std::min(j, piece.count - 1)] * K;
+    for (int64_t j = 0; j < SIDE; j += block::ROWS) {
+        Floats found{}, coef{};
+        int64_t left = std::min<int64_t>(block::ROWS, piece.count - j);
+        for (int64_t i = 0; i < left; i++) coef[i] = coef[i + block::ROWS] = piece.coef[j + i];
+        if (left > 0) found = block::those(((1 << left) - 1) * 0x101, products(x, A + j, K)) * coef;
+        bf16 halves[2][SIDE];
+        block::split(found, halves[0], halves[1]);
+        for (int h = 0; h < 2; h++)
+            for (int r = 0; r < 2; r++)
+                std::memcpy((bf16*)piece.S + row[r] * DEPTH + h * SIDE + j, halves[h] + r * block::ROWS,
+                            block::ROWS * sizeof(bf16));
+    }
+}
+
+void shrink(const Call& call, const Work& work, const Piece& piece) {
+    Mine mine(piece.mine);
+    for (int i = 0; i < mine.count; i += 2) shrink_rows(work, piece, mine.rows + i, std::min(2, mine.count - i));
+    if (!piece.part->S) return;
+    const bf16* S = (const bf16*)piece.S;
+    bf16* at = piece.part->S + (piece.cols - piece.part->route->cols) * call.padded + work.first + piece.tile * SIDE;
+    for (int64_t j = 0; j < piece.count; j++)
+        for (int i = 0; i < mine.count; i++) at[j * call.padded + mine.rows[i]] = S[mine.rows[i] * DEPTH + j];
+}
+
+// ---- expand --------------------------------------------------------------------------------------------------
+
+// A piece's rows of Bt in pairs, `strips` of 16 columns from n on: [strips, 8, 16, 2].
+void zip(const Piece& piece, int64_t n, int strips, bf16* to) {
+    int64_t N = piece.part->columns;
+    for (int s = 0; s < strips; s++, n += SIDE)
+        for (int64_t j = 0; j < piece.count; j += 2) {
+            const bf16* even = piece.part->Bt + piece.cols[j] * N + n;
+            const bf16* odd = j + 1 < piece.count ? piece.part->Bt + piece.cols[j + 1] * N + n : nullptr;
+            Pairs pairs = block::zipped(even, odd, N - n);
+            std::memcpy(to + s * ZIPPED + j / 2 * DEPTH, &pairs, sizeof pairs);
+        }
+}
+
+// sums of rows of a tile += S Bt of a piece.
+template <int ROWS, int STRIPS>
+INLINED void add(const Piece& piece, const bf16* page, const int* rows, Sums<ROWS, STRIPS>& sums) {
+    const bf16* S[ROWS];
+    for (int i = 0; i < ROWS; i++) S[i] = (const bf16*)piece.S + rows[i] * DEPTH;
+    sums.expand(S, page, piece.count);
+}
+
+template <int ROWS, int STRIPS> void expand(const Piece& piece, const int* mine, const bf16* page, float* rows) {
+    Sums<ROWS, STRIPS> sums;
+    sums.load(rows, WIDE, mine);
+    add(piece, page, mine, sums);
+    sums.store(rows, WIDE, mine);
+}
+
+// A piece's rows of y, `STRIPS` of 16 columns, += S Bt.
+template <int STRIPS> void expand(const Piece& piece, const bf16* page, float* rows) {
+    Mine mine(piece.mine);
+    int i = 0;
+    for (; i + TOGETHER <= mine.count; i += TOGETHER) expand<TOGETHER, STRIPS>(piece, mine.rows + i, page, rows);
+    for (; i + 2 <= mine.count; i += 2) expand<2, STRIPS>(piece, mine.rows + i, page, rows);
+    if (i < mine.count) expand<1, STRIPS>(piece, mine.rows + i, page, rows);
+}
+
+struct Pieces {
+    const Piece *begin, *end;
+};
+
+Pieces pieces_of(const Work& work, const Task& task, int64_t t) {
+    const int64_t* starts = work.starts.data() + task.number * work.tiles + t;
+    return {work.pieces.data() + starts[0], work.pieces.data() + starts[1]};
+}
+
+// ---- to y ----------------------------------------------------------------------------------------------------
+
+// rows += what dropout lets through of what is added.
+void add(const Dropped& dropped, int64_t first, int64_t count, int64_t n, int strips, int64_t columns,
+         const float* added, float* rows) {
+    for (int64_t m = 0; m < count; m++)
+        for (int s = 0; s < strips; s++) {
+            int64_t bit = n + s * SIDE;
+            uint16_t bits = dropped.bits[((first + m) * columns + bit) / DEPTH] >> bit % DEPTH;
+            float* at = rows + m * WIDE + s * SIDE;
+            Floats kept = block::those(bits, read<Floats>(added + m * WIDE + s * SIDE));
+            kept = read<Floats>(at) + kept * dropped.scale;
+            std::memcpy(at, &kept, sizeof kept);
+        }
+}
+
+// Rows of y from n on, which `rows` numbers from `first` on.
+template <int ROWS, int STRIPS>
+INLINED void write(const Output& output, const Sums<ROWS, STRIPS>& sums, int64_t first, const int* rows, int64_t n) {
+    int64_t N = output.columns;
+    for (int s = 0; s < STRIPS; s++, n += SIDE)
+        for (int i = 0; i < ROWS; i++) {
+            Floats y = sums.held[i][s];
+            if (output.bias) y += block::widen(output.bias + n, N - n);
+            block::narrow(y, output.y + (first + rows[i]) * N + n, N - n);
+        }
+}
+
+// y of a tile of batch rows from what its pieces are still to be added to.
+template <int STRIPS, class Zip>
+void finish(const Call& call, const Work& work, const Task& task, int64_t t, int64_t n, Zip zip, float* rows, float* added) {
+    const Output& output = *task.output;
+    int64_t first = work.first + t * SIDE, count = std::min<int64_t>(SIDE, work.rows - t * SIDE), N = output.columns;
+    auto [piece, end] = pieces_of(work, task, t);
+    float* to = call.dropped.bits ? added : rows;
+    if (call.dropped.bits) std::memset(added, 0, SIDE * WIDE * sizeof(float));
+    for (; piece < end; piece++) expand<STRIPS>(*piece, zip(*piece), to);
+    if (call.dropped.bits) add(call.dropped, first, count, n, STRIPS, N, added, rows);
+    for (int m = 0; m < count; m++) {
+        Sums<1, STRIPS> sums;
+        sums.load(rows, WIDE, &m);
+        write(output, sums, first, &m, n);
+    }
+}
+
+}  // namespace
