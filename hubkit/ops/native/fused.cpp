@@ -39,7 +39,7 @@ void run(const Call& call) {
             thread_local Desk desk;
             [[maybe_unused]] Registers registers;
 #pragma omp for schedule(static)
-            for (int64_t t = 0; t < (pairs_up(work) ? work.tiles : 0); t++) pair_up(call, work, t);
+            for (int64_t t = 0; t < (pairs_up(call, work) ? work.tiles : 0); t++) pair_up(call, work, t);
 #pragma omp for schedule(dynamic)
             for (size_t i = 0; i < work.shrinks.size(); i++) shrink(call, work, work.shrinks[i], desk);
 #pragma omp for schedule(dynamic)

@@ -151,7 +151,7 @@ void panel(const Call& call, const Work& work, const Task& task, int64_t t, int6
     }
 }
 
-bool pairs_up(const Work&) { return true; }
+bool pairs_up(const Call&, const Work&) { return true; }
 Shape shape(const Call& call, const Work& work) { return panels_of(call, work); }
 
 void compute(const Call& call, const Work& work, const Task& task, Desk& desk) {
