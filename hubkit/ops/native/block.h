@@ -67,46 +67,44 @@ void multiply(const Left& left, const Right& right, int64_t depth, float* sums, 
         for (int i = 0; i < ROWS; i++) std::memcpy(sums + r * spread * FLOATS + i * SIDE, &held[r][i], sizeof(Floats));
 }
 
-// ROWS rows of y, STRIPS of 16 columns each, in registers.
+// ROWS rows of y, STRIPS of 16 columns each: in registers, which takes loops that are unrolled early.
+#define EACH(i, count) _Pragma("GCC unroll 16") for (int i = 0; i < count; i++)
 template <int ROWS, int STRIPS> struct Sums {
     Floats held[ROWS][STRIPS];
 
     INLINED void clear() {
-        for (auto& row : held)
-            for (Floats& sum : row) sum = Floats{};
+        EACH(i, ROWS) EACH(s, STRIPS) held[i][s] = Floats{};
     }
 
     // From or to rows `stride` apart, those that `which` names.
     INLINED void load(const float* from, int64_t stride, const int* which) {
-        for (int i = 0; i < ROWS; i++)
-            for (int s = 0; s < STRIPS; s++) held[i][s] = read<Floats>(from + which[i] * stride + s * SIDE);
+        EACH(i, ROWS) EACH(s, STRIPS) held[i][s] = read<Floats>(from + which[i] * stride + s * SIDE);
     }
     INLINED void store(float* to, int64_t stride, const int* which) const {
-        for (int i = 0; i < ROWS; i++)
-            for (int s = 0; s < STRIPS; s++)
-                std::memcpy(to + which[i] * stride + s * SIDE, &held[i][s], sizeof(Floats));
+        EACH(i, ROWS) EACH(s, STRIPS) std::memcpy(to + which[i] * stride + s * SIDE, &held[i][s], sizeof(Floats));
     }
 
-    // += rows of `depth` numbers times a matrix in pairs, strip by strip: [STRIPS, depth / 2, 16, 2], `apart` from one to the next.
-    INLINED void multiply(const bf16* const* rows, const bf16* matrix, int64_t apart, int64_t depth) {
+    // += rows of `depth` numbers times a matrix in pairs, strip by strip: [STRIPS, depth / 2, 16, 2], `apart` from one
+    // to the next.
+    INLINED void multiply(const bf16* const (&rows)[ROWS], const bf16* matrix, int64_t apart, int64_t depth) {
         for (int64_t k = 0; k < depth; k += 2) {
             Pairs pairs[STRIPS];
-            for (int s = 0; s < STRIPS; s++) pairs[s] = read<Pairs>(matrix + s * apart + k * SIDE);
-            for (int i = 0; i < ROWS; i++) {
+            EACH(s, STRIPS) pairs[s] = read<Pairs>(matrix + s * apart + k * SIDE);
+            EACH(i, ROWS) {
                 Pairs both = Pairs{} + read<uint32_t>(rows[i] + k);
-                for (int s = 0; s < STRIPS; s++) held[i][s] = dot(held[i][s], both, pairs[s]);
+                EACH(s, STRIPS) held[i][s] = dot(held[i][s], both, pairs[s]);
             }
         }
     }
 
     // The same for `depth` of 16 numbers, of which each row has what rounding left beside: [2, 16].
-    INLINED void expand(const bf16* const* rows, const bf16* matrix, int64_t depth) {
+    INLINED void expand(const bf16* const (&rows)[ROWS], const bf16* matrix, int64_t depth) {
         for (int64_t k = 0; k < depth; k += 2) {
             Pairs pairs[STRIPS];
-            for (int s = 0; s < STRIPS; s++) pairs[s] = read<Pairs>(matrix + (s * SIDE + k) * SIDE);
-            for (int i = 0; i < ROWS; i++) {
+            EACH(s, STRIPS) pairs[s] = read<Pairs>(matrix + (s * SIDE + k) * SIDE);
+            EACH(i, ROWS) {
                 Pairs high = Pairs{} + read<uint32_t>(rows[i] + k), low = Pairs{} + read<uint32_t>(rows[i] + SIDE + k);
-                for (int s = 0; s < STRIPS; s++) held[i][s] = dot(dot(held[i][s], pairs[s], high), pairs[s], low);
+                EACH(s, STRIPS) held[i][s] = dot(dot(held[i][s], pairs[s], high), pairs[s], low);
             }
         }
     }

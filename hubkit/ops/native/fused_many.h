@@ -6,8 +6,6 @@
 
 namespace {
 
-template <int STRIPS> using Strips = Sums<TOGETHER, STRIPS>;
-
 constexpr int64_t DEEP = 4096;  // features of weights that are laid out together: they are to stay in the L2 cache
 constexpr int64_t AHEAD = 32;   // features that are fetched ahead of being laid out
 constexpr int64_t HEIGHT = 8;   // tiles of batch rows at least for which they are laid out anew
@@ -77,17 +75,6 @@ struct Eight {
     }
 };
 
-// sums of a tile's rows += x W^T of a lot.
-template <int STRIPS>
-INLINED void multiply(const Work& work, int64_t t, const std::vector<Stretch>& lot, const Eight& eight, Strips<STRIPS>& sums) {
-    for (const Stretch& stretch : lot) {
-        int64_t K = stretch.part->x.features;
-        const bf16 *x = stretch.part->x.x + (work.first + t * SIDE) * K + stretch.k, *at[TOGETHER];
-        for (int i = 0; i < TOGETHER; i++) at[i] = x + eight.rows[i] * K;
-        sums.multiply(at, stretch.matrix, stretch.features * SIDE, stretch.features);
-    }
-}
-
 // Whether all rows of a tile are of one group, and what is added to them needs no dropout.
 bool alike(const Call& call, const Work& work, const Pieces& pieces, int64_t t) {
     uint16_t all = (1 << std::min<int64_t>(SIDE, work.rows - t * SIDE)) - 1;
@@ -95,37 +82,51 @@ bool alike(const Call& call, const Work& work, const Pieces& pieces, int64_t t) 
            std::all_of(pieces.begin, pieces.end, [&](const Piece& piece) { return piece.mine == all; });
 }
 
+// What there is to do with the columns of a task for a lot.
+struct Round {
+    const std::vector<Stretch>& lot;
+    bool first, last;
+};
+
+// Rows of a tile, += x W^T of a lot, or = that, in `sums`; if pieces are given, with their S Bt, and to y. A function of
+// its own, so that sums stay in registers whatever is around it.
+template <int STRIPS, class Page>
+__attribute__((noinline)) void compute_rows(const Work& work, const Task& task, int64_t t, const Round& round,
+                                            const Eight& eight, const Pieces* pieces, Page page, float* rows) {
+    Sums<TOGETHER, STRIPS> sums;
+    if (round.first) sums.clear();
+    else sums.load(rows, WIDE, eight.rows);
+    for (const Stretch& stretch : round.lot) {
+        int64_t K = stretch.part->x.features;
+        const bf16 *x = stretch.part->x.x + (work.first + t * SIDE) * K + stretch.k, *at[TOGETHER];
+        EACH(i, TOGETHER) at[i] = x + eight.rows[i] * K;
+        sums.multiply(at, stretch.matrix, stretch.features * SIDE, stretch.features);
+    }
+    if (!pieces) return sums.store(rows, WIDE, eight.rows);
+    for (const Piece* piece = pieces->begin; piece < pieces->end; piece++) add(*piece, page(*piece), eight.rows, sums);
+    write(*task.output, sums, work.first + t * SIDE, eight.rows, task.begin);
+}
+
 // The columns of a task, `STRIPS` of 16.
 template <int STRIPS> void columns(const Call& call, const Work& work, const Task& task, Desk& desk) {
     Cutter cutter = {task.output->begin, task.output->end};
-    bool fresh = true, alone = call.features <= DEEP;  // alone: one lot
+    bool first = true, alone = call.features <= DEEP;  // alone: one lot
     float* kept = lined(desk.row_room, (alone ? 1 : task.last - task.first) * SIDE * WIDE);
     auto page = [&](const Piece& piece) {
         return desk.pages.of(piece, [&](bf16* to) { zip(piece, task.begin, STRIPS, to); });
     };
-    for (; cutter.next(desk.lot, STRIPS, desk.weight_room); fresh = false) {
-        bool last = cutter.part == cutter.end;
+    for (; cutter.next(desk.lot, STRIPS, desk.weight_room); first = false) {
+        Round round = {desk.lot, first, cutter.part == cutter.end};
         for (const Stretch& stretch : desk.lot)
             call.turned ? lay_out_turned<STRIPS>(stretch, task.begin) : lay_out<STRIPS>(stretch, task.begin);
         for (int64_t t = task.first; t < task.last; t++) {
             float* rows = kept + (alone ? 0 : t - task.first) * SIDE * WIDE;
             Pieces pieces = pieces_of(work, task, t);
-            bool at_once = last && alike(call, work, pieces, t);
+            bool at_once = round.last && alike(call, work, pieces, t);
             int64_t left = std::min<int64_t>(SIDE, work.rows - t * SIDE);
-            for (int64_t m = 0; m < left; m += TOGETHER) {
-                Eight eight(m, left);
-                Strips<STRIPS> sums;
-                fresh ? sums.clear() : sums.load(rows, WIDE, eight.rows);
-                multiply<STRIPS>(work, t, desk.lot, eight, sums);
-                if (at_once) {
-                    for (const Piece* piece = pieces.begin; piece < pieces.end; piece++)
-                        add(*piece, page(*piece), eight.rows, sums);
-                    write(*task.output, sums, work.first + t * SIDE, eight.rows, task.begin);
-                } else {
-                    sums.store(rows, WIDE, eight.rows);
-                }
-            }
-            if (last && !at_once) finish<STRIPS>(call, work, task, t, task.begin, page, rows, desk.added);
+            for (int64_t m = 0; m < left; m += TOGETHER)
+                compute_rows<STRIPS>(work, task, t, round, {m, left}, at_once ? &pieces : nullptr, page, rows);
+            if (round.last && !at_once) finish<STRIPS>(call, work, task, t, task.begin, page, rows, desk.added);
         }
     }
 }

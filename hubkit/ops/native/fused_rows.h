@@ -108,7 +108,7 @@ void zip(const Piece& piece, int64_t n, int strips, bf16* to) {
 template <int ROWS, int STRIPS>
 INLINED void add(const Piece& piece, const bf16* page, const int* rows, Sums<ROWS, STRIPS>& sums) {
     const bf16* S[ROWS];
-    for (int i = 0; i < ROWS; i++) S[i] = (const bf16*)piece.S + rows[i] * DEPTH;
+    EACH(i, ROWS) S[i] = (const bf16*)piece.S + rows[i] * DEPTH;
     sums.expand(S, page, piece.count);
 }
 
@@ -157,12 +157,14 @@ void add(const Dropped& dropped, int64_t first, int64_t count, int64_t n, int st
 template <int ROWS, int STRIPS>
 INLINED void write(const Output& output, const Sums<ROWS, STRIPS>& sums, int64_t first, const int* rows, int64_t n) {
     int64_t N = output.columns;
-    for (int s = 0; s < STRIPS; s++, n += SIDE)
-        for (int i = 0; i < ROWS; i++) {
-            Floats y = sums.held[i][s];
-            if (output.bias) y += block::widen(output.bias + n, N - n);
-            block::narrow(y, output.y + (first + rows[i]) * N + n, N - n);
+    EACH(s, STRIPS) {
+        int64_t at = n + s * SIDE;
+        Floats bias = output.bias ? block::widen(output.bias + at, N - at) : Floats{};
+        EACH(i, ROWS) {
+            Floats y = output.bias ? sums.held[i][s] + bias : sums.held[i][s];
+            block::narrow(y, output.y + (first + rows[i]) * N + at, N - at);
         }
+    }
 }
 
 // y of a tile of batch rows from what its pieces are still to be added to.
