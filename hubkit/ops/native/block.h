@@ -84,10 +84,12 @@ template <int ROWS, int STRIPS> struct Sums {
         EACH(i, ROWS) EACH(s, STRIPS) std::memcpy(to + which[i] * stride + s * SIDE, &held[i][s], sizeof(Floats));
     }
 
-    // += rows of `depth` numbers times a matrix in pairs, strip by strip: [STRIPS, depth / 2, 16, 2], `apart` from one
-    // to the next.
-    INLINED void multiply(const bf16* const (&rows)[ROWS], const bf16* matrix, int64_t apart, int64_t depth) {
+    // += rows of `depth` numbers, a multiple of 32, times a matrix in pairs, strip by strip: [STRIPS, depth / 2, 16, 2],
+    // `apart` from one to the next. What lies `ahead` of the rows is fetched meanwhile.
+    INLINED void multiply(const bf16* const (&rows)[ROWS], const bf16* matrix, int64_t apart, int64_t depth,
+                          int64_t ahead) {
         for (int64_t k = 0; k < depth; k += 2) {
+            if (k % DEPTH == 0) EACH(i, ROWS) __builtin_prefetch(rows[i] + k + ahead);
             Pairs pairs[STRIPS];
             EACH(s, STRIPS) pairs[s] = read<Pairs>(matrix + s * apart + k * SIDE);
             EACH(i, ROWS) {
@@ -123,12 +125,33 @@ inline void transpose(Floats v[SIDE]) {
 #endif
 }
 
-// The sum of each of 16 vectors.
-inline Floats sums(Floats v[SIDE]) {
-    transpose(v);
+// The sum of each of 16 vectors, halves onto halves.
+inline Floats sums(const Floats (&v)[SIDE]) {
+#if HUBKIT_AVX512
+    __m512 eight[8], four[4], two[2];  // sums of as many numbers each, of several vectors beside each other
+    EACH(i, 8) {
+        __m512 a = (__m512)v[i], b = (__m512)v[i + 8];
+        eight[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    }
+    EACH(i, 4) {
+        __m512 a = eight[i], b = eight[i + 4];
+        four[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    }
+    EACH(i, 2) {
+        __m512d a = (__m512d)four[i], b = (__m512d)four[i + 2];
+        two[i] = _mm512_add_ps((__m512)_mm512_unpacklo_pd(a, b), (__m512)_mm512_unpackhi_pd(a, b));
+    }
+    __m512 all = _mm512_add_ps(_mm512_shuffle_ps(two[0], two[1], 0x88), _mm512_shuffle_ps(two[0], two[1], 0xdd));
+    const __m512i order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
+    return (Floats)_mm512_permutexvar_ps(order, all);
+#else
+    Floats t[SIDE];
+    std::memcpy(t, v, sizeof t);
+    transpose(t);
     for (int width = SIDE / 2; width; width /= 2)
-        for (int i = 0; i < width; i++) v[i] += v[i + width];
-    return v[0];
+        for (int i = 0; i < width; i++) t[i] += t[i + width];
+    return t[0];
+#endif
 }
 
 #if HUBKIT_AVX512

@@ -93,6 +93,7 @@ struct Round {
 template <int STRIPS, class Page>
 __attribute__((noinline)) void compute_rows(const Work& work, const Task& task, int64_t t, const Round& round,
                                             const Eight& eight, const Pieces* pieces, Page page, float* rows) {
+    bool more = t * SIDE + eight.rows[0] + 2 * TOGETHER <= work.rows;
     Sums<TOGETHER, STRIPS> sums;
     if (round.first) sums.clear();
     else sums.load(rows, WIDE, eight.rows);
@@ -100,7 +101,7 @@ __attribute__((noinline)) void compute_rows(const Work& work, const Task& task, 
         int64_t K = stretch.part->x.features;
         const bf16 *x = stretch.part->x.x + (work.first + t * SIDE) * K + stretch.k, *at[TOGETHER];
         EACH(i, TOGETHER) at[i] = x + eight.rows[i] * K;
-        sums.multiply(at, stretch.matrix, stretch.features * SIDE, stretch.features);
+        sums.multiply(at, stretch.matrix, stretch.features * SIDE, stretch.features, more ? TOGETHER * K : 0);
     }
     if (!pieces) return sums.store(rows, WIDE, eight.rows);
     for (const Piece* piece = pieces->begin; piece < pieces->end; piece++) add(*piece, page(*piece), eight.rows, sums);

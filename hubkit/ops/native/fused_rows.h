@@ -46,11 +46,11 @@ struct Mine {
 // ---- shrink --------------------------------------------------------------------------------------------------
 
 // Sums over features of two rows of x times eight of A: [2, 8].
-Floats products(const bf16* const* x, const bf16* const* A, int64_t features) {
+INLINED Floats products(const bf16* const (&x)[2], const bf16* const* A, int64_t features) {
     Floats held[2 * block::ROWS] = {};
     for (int64_t k = 0; k < features; k += DEPTH) {
         Pairs even = read<Pairs>(x[0] + k), odd = read<Pairs>(x[1] + k);
-        for (int j = 0; j < block::ROWS; j++) {
+        EACH(j, block::ROWS) {
             Pairs a = read<Pairs>(A[j] + k);
             held[j] = block::dot(held[j], a, even);
             held[j + block::ROWS] = block::dot(held[j + block::ROWS], a, odd);
@@ -80,14 +80,20 @@ void shrink_rows(const Work& work, const Piece& piece, const int* rows, int coun
     }
 }
 
+// S^T of a piece to where it is kept, zero for rows of others.
+void keep(const Call& call, const Work& work, const Piece& piece) {
+    bf16* at = piece.part->S + (piece.cols - piece.part->route->cols) * call.padded + work.first + piece.tile * SIDE;
+    Floats columns[SIDE];
+    for (int m = 0; m < SIDE; m++)
+        columns[m] = piece.mine >> m & 1 ? block::widen((const bf16*)piece.S + m * DEPTH, SIDE) : Floats{};
+    block::transpose(columns);
+    for (int64_t j = 0; j < piece.count; j++) block::narrow(columns[j], at + j * call.padded, SIDE);
+}
+
 void shrink(const Call& call, const Work& work, const Piece& piece) {
     Mine mine(piece.mine);
     for (int i = 0; i < mine.count; i += 2) shrink_rows(work, piece, mine.rows + i, std::min(2, mine.count - i));
-    if (!piece.part->S) return;
-    const bf16* S = (const bf16*)piece.S;
-    bf16* at = piece.part->S + (piece.cols - piece.part->route->cols) * call.padded + work.first + piece.tile * SIDE;
-    for (int64_t j = 0; j < piece.count; j++)
-        for (int i = 0; i < mine.count; i++) at[j * call.padded + mine.rows[i]] = S[mine.rows[i] * DEPTH + j];
+    if (piece.part->S) keep(call, work, piece);
 }
 
 // ---- expand --------------------------------------------------------------------------------------------------
