@@ -8,6 +8,7 @@ namespace {
 
 constexpr int64_t DEEP = 4096;  // features of weights that are laid out together: they are to stay in the L2 cache
 constexpr int64_t AHEAD = 32;   // features that are fetched ahead of being laid out
+constexpr int64_t PAGES = 256;  // that a thread keeps
 constexpr int64_t HEIGHT = 8;   // tiles of batch rows at least for which they are laid out anew
 
 Shape strips_of(const Call& call, const Work& work) {
@@ -88,11 +89,11 @@ struct Round {
     bool first, last;
 };
 
-// Rows of a tile, += x W^T of a lot, or = that, in `sums`; if pieces are given, with their S Bt, and to y. A function of
-// its own, so that sums stay in registers whatever is around it.
-template <int STRIPS, class Page>
+// Rows of a tile, += x W^T of a lot, or = that, in `rows`; or, with terms added, to y. A function of its own, without
+// calls, so that sums stay in registers.
+template <int STRIPS>
 __attribute__((noinline)) void compute_rows(const Work& work, const Task& task, int64_t t, const Round& round,
-                                            const Eight& eight, const Pieces* pieces, Page page, float* rows) {
+                                            const Eight& eight, const std::vector<Term>* terms, float* rows) {
     bool more = t * SIDE + eight.rows[0] + 2 * TOGETHER <= work.rows;
     Sums<TOGETHER, STRIPS> sums;
     if (round.first) sums.clear();
@@ -103,8 +104,8 @@ __attribute__((noinline)) void compute_rows(const Work& work, const Task& task, 
         EACH(i, TOGETHER) at[i] = x + eight.rows[i] * K;
         sums.multiply(at, stretch.matrix, stretch.features * SIDE, stretch.features, more ? TOGETHER * K : 0);
     }
-    if (!pieces) return sums.store(rows, WIDE, eight.rows);
-    for (const Piece* piece = pieces->begin; piece < pieces->end; piece++) add(*piece, page(*piece), eight.rows, sums);
+    if (!terms) return sums.store(rows, WIDE, eight.rows);
+    for (const Term& term : *terms) add(term, eight.rows, sums);
     write(*task.output, sums, work.first + t * SIDE, eight.rows, task.begin);
 }
 
@@ -123,17 +124,20 @@ template <int STRIPS> void columns(const Call& call, const Work& work, const Tas
         for (int64_t t = task.first; t < task.last; t++) {
             float* rows = kept + (alone ? 0 : t - task.first) * SIDE * WIDE;
             Pieces pieces = pieces_of(work, task, t);
-            bool at_once = round.last && alike(call, work, pieces, t);
+            bool at_once = round.last && desk.pages.all(work) && alike(call, work, pieces, t);
+            desk.terms.clear();
+            for (const Piece* piece = pieces.begin; at_once && piece < pieces.end; piece++)
+                desk.terms.push_back({(const bf16*)piece->S, page(*piece), piece->count});
             int64_t left = std::min<int64_t>(SIDE, work.rows - t * SIDE);
             for (int64_t m = 0; m < left; m += TOGETHER)
-                compute_rows<STRIPS>(work, task, t, round, {m, left}, at_once ? &pieces : nullptr, page, rows);
+                compute_rows<STRIPS>(work, task, t, round, {m, left}, at_once ? &desk.terms : nullptr, rows);
             if (round.last && !at_once) finish<STRIPS>(call, work, task, t, task.begin, page, rows, desk.added);
         }
     }
 }
 
 void compute_many(const Call& call, const Work& work, const Task& task, Desk& desk) {
-    desk.pages.begin(work, STRIPS * ZIPPED);
+    desk.pages.begin(work, STRIPS * ZIPPED, PAGES);
     int64_t strips = (task.end - task.begin + SIDE - 1) / SIDE;
     if (strips == 1) columns<1>(call, work, task, desk);
     else if (strips == 2) columns<2>(call, work, task, desk);

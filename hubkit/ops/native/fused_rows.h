@@ -24,9 +24,16 @@ struct Stretch {
     bf16* matrix;
 };
 
+// What rows of a tile get of a piece: S [16, 2, 16], Bt in pairs.
+struct Term {
+    const bf16 *S, *page;
+    int64_t count;
+};
+
 // A thread's own room.
 struct Desk {
     std::vector<Stretch> lot;
+    std::vector<Term> terms;
     std::vector<bf16> weight_room;
     std::vector<float> row_room;
     Pages pages;
@@ -59,24 +66,31 @@ INLINED Floats products(const bf16* const (&x)[2], const bf16* const* A, int64_t
     return block::sums(held);
 }
 
-// Two batch rows of S for a piece, or one, computed twice. A row of S: 16 numbers, and what rounding left of them.
-void shrink_rows(const Work& work, const Piece& piece, const int* rows, int count) {
+// S of a piece. A row: 16 numbers, and what rounding left of them. A lone row is computed twice.
+void shrink_rows(const Work& work, const Piece& piece) {
     int64_t K = piece.part->seen.features;
-    int row[2] = {rows[0], rows[count - 1]};
-    const bf16 *x[2], *A[SIDE];
-    for (int i = 0; i < 2; i++) x[i] = piece.part->seen.x + (work.first + piece.tile * SIDE + row[i]) * K;
+    const bf16 *first = piece.part->seen.x + (work.first + piece.tile * SIDE) * K, *A[SIDE];
+    alignas(64) float coef[2][SIDE] = {};  // of eight arena rows, twice
     for (int64_t j = 0; j < SIDE; j++) A[j] = piece.part->A + piece.cols[std::min(j, piece.count - 1)] * K;
-    for (int64_t j = 0; j < SIDE; j += block::ROWS) {
-        Floats found{}, coef{};
-        int64_t left = std::min<int64_t>(block::ROWS, piece.count - j);
-        for (int64_t i = 0; i < left; i++) coef[i] = coef[i + block::ROWS] = piece.coef[j + i];
-        if (left > 0) found = block::those(((1 << left) - 1) * 0x101, products(x, A + j, K)) * coef;
-        bf16 halves[2][SIDE];
-        block::split(found, halves[0], halves[1]);
-        for (int h = 0; h < 2; h++)
-            for (int r = 0; r < 2; r++)
-                std::memcpy((bf16*)piece.S + row[r] * DEPTH + h * SIDE + j, halves[h] + r * block::ROWS,
-                            block::ROWS * sizeof(bf16));
+    for (int64_t j = 0; j < piece.count; j++) {
+        float* at = coef[j / block::ROWS] + j % block::ROWS;
+        at[0] = at[block::ROWS] = piece.coef[j];
+    }
+    Mine mine(piece.mine);
+    for (int i = 0; i < mine.count; i += 2) {
+        int rows[2] = {mine.rows[i], mine.rows[std::min(i + 1, mine.count - 1)]};
+        const bf16* x[2] = {first + rows[0] * K, first + rows[1] * K};
+        for (int64_t h = 0, j = 0; h < 2; h++, j += block::ROWS) {
+            uint16_t used = (1 << std::clamp<int64_t>(piece.count - j, 0, block::ROWS)) - 1;
+            Floats S = used ? products(x, A + j, K) * read<Floats>(coef[h]) : Floats{};
+            bf16 high[SIDE], low[SIDE];
+            block::split(block::those(used * 0x101, S), high, low);
+            for (int r = 0; r < 2; r++) {
+                bf16* to = (bf16*)piece.S + rows[r] * DEPTH + j;
+                std::memcpy(to, high + r * block::ROWS, block::ROWS * sizeof(bf16));
+                std::memcpy(to + SIDE, low + r * block::ROWS, block::ROWS * sizeof(bf16));
+            }
+        }
     }
 }
 
@@ -91,8 +105,7 @@ void keep(const Call& call, const Work& work, const Piece& piece) {
 }
 
 void shrink(const Call& call, const Work& work, const Piece& piece) {
-    Mine mine(piece.mine);
-    for (int i = 0; i < mine.count; i += 2) shrink_rows(work, piece, mine.rows + i, std::min(2, mine.count - i));
+    shrink_rows(work, piece);
     if (piece.part->S) keep(call, work, piece);
 }
 
@@ -110,18 +123,16 @@ void zip(const Piece& piece, int64_t n, int strips, bf16* to) {
         }
 }
 
-// sums of rows of a tile += S Bt of a piece.
-template <int ROWS, int STRIPS>
-INLINED void add(const Piece& piece, const bf16* page, const int* rows, Sums<ROWS, STRIPS>& sums) {
+template <int ROWS, int STRIPS> INLINED void add(const Term& term, const int* rows, Sums<ROWS, STRIPS>& sums) {
     const bf16* S[ROWS];
-    EACH(i, ROWS) S[i] = (const bf16*)piece.S + rows[i] * DEPTH;
-    sums.expand(S, page, piece.count);
+    EACH(i, ROWS) S[i] = term.S + rows[i] * DEPTH;
+    sums.expand(S, term.page, term.count);
 }
 
 template <int ROWS, int STRIPS> void expand(const Piece& piece, const int* mine, const bf16* page, float* rows) {
     Sums<ROWS, STRIPS> sums;
     sums.load(rows, WIDE, mine);
-    add(piece, page, mine, sums);
+    add({(const bf16*)piece.S, page, piece.count}, mine, sums);
     sums.store(rows, WIDE, mine);
 }
 

@@ -12,6 +12,7 @@ namespace {
 
 using tile::allowed, tile::Registers;
 constexpr bool SHRINKS_PAIRS = true;
+constexpr int64_t PAGES = 64;
 
 // A thread's own room.
 struct Desk {
@@ -155,7 +156,7 @@ bool pairs_up(const Call&, const Work&) { return true; }
 Shape shape(const Call& call, const Work& work) { return panels_of(call, work); }
 
 void compute(const Call& call, const Work& work, const Task& task, Desk& desk) {
-    desk.pages.begin(work, panels(task) * 2 * BF16S);
+    desk.pages.begin(work, panels(task) * 2 * BF16S, PAGES);
     if (call.turned) turn(call, task, desk.weight_room);
     for (int64_t t = task.first; t < task.last; t += 2)
         for (int64_t n = task.begin; n < task.end; n += PANEL)

@@ -6,8 +6,6 @@
 
 namespace {
 
-constexpr int64_t PAGES = 64;  // that a thread keeps
-
 class Pages {
     std::vector<bf16> room;
     bf16* slots = nullptr;
@@ -15,11 +13,15 @@ class Pages {
     std::vector<int64_t> tags;  // which page lies in each slot
 
   public:
-    void begin(const Work& work, int64_t numbers) {
+    // For pages of so many numbers, of which at most so many are kept.
+    void begin(const Work& work, int64_t numbers, int64_t most) {
         size = numbers;
-        tags.assign(std::max<int64_t>(1, std::min(PAGES, work.pages)), -1);
+        tags.assign(std::max<int64_t>(1, std::min(most, work.pages)), -1);
         slots = lined(room, int64_t(tags.size()) * size);
     }
+
+    // Whether none gives way to another.
+    bool all(const Work& work) const { return work.pages <= int64_t(tags.size()); }
 
     // The page of a piece's arena rows; fill(page) if it is not here.
     template <class Fill> const bf16* of(const Piece& piece, Fill fill) {
