@@ -153,8 +153,8 @@ inline void turn(const bf16* W, int64_t stride, bf16* to) {
     for (int i = 0; i < SIDE; i++) _mm512_store_si512(to + i * DEPTH, r[i]);
 }
 
-// Rows [count <= 32, columns <= 32] to pairs along rows of columns 0 to 15 and of the others: [2, 16, 16, 2].
-inline void zip(const bf16* from, int64_t stride, int64_t count, int64_t columns, bf16* to) {
+// Rows [count <= 32, columns <= 32] to pairs along rows of columns 0 to 15 and of the others: twice [16, 16, 2], `apart`.
+inline void zip(const bf16* from, int64_t stride, int64_t count, int64_t columns, bf16* to, int64_t apart) {
     alignas(64) static const struct Halves {
         uint16_t low[DEPTH], high[DEPTH];
         Halves() {
@@ -167,7 +167,7 @@ inline void zip(const bf16* from, int64_t stride, int64_t count, int64_t columns
         auto row = [&](int m) { return _mm512_maskz_loadu_epi16(m < count ? there : 0, from + m * stride); };
         __m512i even = row(2 * p), odd = row(2 * p + 1);
         _mm512_store_si512(to + p * DEPTH, _mm512_permutex2var_epi16(even, low, odd));
-        _mm512_store_si512(to + BF16S + p * DEPTH, _mm512_permutex2var_epi16(even, high, odd));
+        _mm512_store_si512(to + apart + p * DEPTH, _mm512_permutex2var_epi16(even, high, odd));
     }
 }
 
@@ -226,10 +226,10 @@ inline void turn(const bf16* W, int64_t stride, bf16* to) {
         for (int n = 0; n < DEPTH; n++) to[i * DEPTH + n] = W[n * stride + i];
 }
 
-inline void zip(const bf16* from, int64_t stride, int64_t count, int64_t columns, bf16* to) {
+inline void zip(const bf16* from, int64_t stride, int64_t count, int64_t columns, bf16* to, int64_t apart) {
     for (int m = 0; m < DEPTH; m++)
         for (int n = 0; n < DEPTH; n++)
-            to[n / SIDE * BF16S + m / 2 * DEPTH + 2 * (n % SIDE) + m % 2] =
+            to[n / SIDE * apart + m / 2 * DEPTH + 2 * (n % SIDE) + m % 2] =
                 m < count && n < columns ? from[m * stride + n] : 0;
 }
 

@@ -3,7 +3,6 @@ AVX-512 (fused.cpp, outer.cpp)."""
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -26,7 +25,10 @@ class Fused:
     def __init__(self, members: Members) -> None:
         self._members = members
         self._forward, self._gradient = function("fused"), function("fused_gradient")
+        self._sums_over_rows = function("outer")
         self._weights, self._biases, self._outputs, self._S = (Pointers(len(members)) for _ in range(4))
+        self._S_and_Z, self._dA_and_dBt = Pointers(2 * len(members)), Pointers(2 * len(members))
+        self._read = Pointers(1 + len(members))
 
     @cached_property
     def trains(self) -> bool:
@@ -68,9 +70,8 @@ class Fused:
         dx = torch.empty_like(x) if wanted.x else None
         mask = None if dropout is None else draw(dropout, M, members.K)
         Z = self._gradient_of_x(weights, mask, dys, dx, M)
-        dA = self._outer(range(len(Z)), Z, x if mask is None else mask.applied(x)) if wanted.A else None
-        dBt = [self._outer([i], S[i : i + 1], dy)[0] for i, dy in enumerate(dys)] if wanted.Bt else None
-        return dx, dA, dBt
+        seen = None if not wanted.A else x if mask is None else mask.applied(x)
+        return dx, *self._of_factors(seen, Z, dys if wanted.Bt else None, S, M)
 
     def _gradient_of_x(
         self, weights: Weights, mask: Mask | None, dys: Sequence[Tensor], dx: Tensor | None, M: int
@@ -91,23 +92,35 @@ class Fused:
         ranks = [-(-rank // PAGE) * PAGE for rank in self.ranks]
         return like.new_zeros(sum(ranks), _padded(M)).split(ranks)
 
-    def _outer(self, which: Sequence[int], S: Sequence[Tensor], x: Tensor) -> list[Tensor]:
-        """S x [rank, N] of Sᵀ [rank and more, rows and more] of each of these linears over the rows of x [..., N]."""
-        N = x.size(-1)
-        M, count = x.numel() // N, len(which)
-        ranks = [self.ranks[i] for i in which]
-        found = [x.new_empty(rank, N) for rank in ranks]
-        sizes = (ctypes.c_int64 * count)(*ranks)
-        pointers = Pointers(count), Pointers(count), Pointers(count)
-        function("outer")(
-            pointers[0].fill(S), pointers[1].fill(found), ctypes.addressof(sizes),
-            pointers[2].fill([self._spans[i] for i in which]), count, x.data_ptr(), M, N, _padded(M),
+    def _of_factors(
+        self, seen: Tensor | None, Z: Sequence[Tensor], dys: Sequence[Tensor] | None, S: Sequence[Tensor], M: int
+    ) -> tuple[list[Tensor] | None, list[Tensor] | None]:
+        """dA = Zᵀ seen and dBt = Sᵀ dy of each linear, as far as seen and dys are given."""
+        members, nothing = self._members, [None] * len(self._members)
+        dA = None if seen is None else [seen.new_empty(rank, members.K) for rank in self.ranks]
+        dBt = None if dys is None else [dy.new_empty(r, N) for dy, r, N in zip(dys, self.ranks, members.N, strict=True)]
+        self._sums_over_rows(
+            self._S_and_Z.fill([*(Z if dA else nothing), *(S if dBt else nothing)]),
+            self._dA_and_dBt.fill([*(dA or nothing), *(dBt or nothing)]),
+            self._sizes.ranks, self._sizes.spans, len(members), self._read.fill([seen, *(dys or nothing)]),
+            self._sizes.columns, M, _padded(M),
         )  # fmt: skip
-        return found
+        return dA, dBt
 
     @cached_property
-    def _spans(self) -> list[Tensor | None]:
-        return [route.spans(PAGE, PIECE) for route in self._members.routes]
+    def _sizes(self) -> _Sizes:
+        return _Sizes(self._members, self.ranks)
+
+
+class _Sizes:
+    """What sums over rows want to know of a plan, as addresses: the ranks of each linear, which rows each 16 of them are
+    of, the columns of x and of each dy."""
+
+    def __init__(self, members: Members, ranks: Sequence[int]) -> None:
+        spans = [route.spans(PAGE, PIECE) for route in members.routes]
+        self._held = torch.tensor(ranks), torch.tensor([members.K, *members.N]), spans, Pointers(len(members))
+        self.ranks, self.columns = (t.data_ptr() for t in self._held[:2])
+        self.spans = self._held[3].fill(spans)
 
 
 def _padded(M: int) -> int:

@@ -28,7 +28,7 @@ def load() -> ctypes.CDLL | build.BuildError:
         "gate_gradients": (*[pointer] * 5, number, number),
         "norm": (*[pointer] * 4, number, number, real, number),
         "norm_gradient": (*[pointer] * 5, number, number, number),
-        "outer": (*[pointer] * 4, number, pointer, *[number] * 3),
+        "outer": (*[pointer] * 4, number, pointer, pointer, number, number),
         "rotate": (*[pointer] * 6, *[number] * 14),
         "tree": (*[pointer] * 5, *[number] * 3, pointer, real, number),
         "tree_gradient": (*[pointer] * 8, *[number] * 3, pointer, real, number),
