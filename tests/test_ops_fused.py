@@ -63,6 +63,7 @@ def way(
         pytest.skip("this processor has neither AMX nor AVX-512 for bf16")
     monkeypatch.setattr(library, "_library", lambda: found)
     monkeypatch.setattr(library, "fuses", lambda: True)
+    monkeypatch.setattr(library, "deep", found.hubkit_fused_deep)
     return request.param
 
 
@@ -182,7 +183,7 @@ def test_features_that_make_no_whole_tiles_take_the_other_path() -> None:
 
 
 def test_deep_and_tall_products_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "DEEP", 96)
+    monkeypatch.setattr(library, "deep", lambda: 96)
     case = mixed(16)
     plan = native.plan([(native.route(case.C, case.group), case.A, case.Bt)])
     monkeypatch.setattr(plan.fused, "forward", lambda *_: pytest.fail("fused"))

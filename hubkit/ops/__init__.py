@@ -20,7 +20,7 @@ from torch import Tensor
 from hubkit.ops import cpu, naive, native
 from hubkit.ops.dropout import Dropout
 
-__all__ = ["Dropout", "Plan", "implementation", "multilora_linear", "plan", "rewrite", "route"]
+__all__ = ["Dropout", "Plan", "implementation", "multilora_linear", "plan", "replan", "rewrite", "route"]
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {"naive": naive, "cpu": cpu, "native": native}
 CPU = torch.device("cpu")
@@ -97,8 +97,14 @@ def rewrite(route: Any, C: Tensor, group: Tensor | None) -> bool:
 
 
 def plan(members: Sequence[tuple[Any, Tensor, Tensor]]) -> Plan:
-    """Bind (route, A [R, K], Bt [R, N]) of each linear. May copy factors: plan anew after they change."""
+    """Bind (route, A [R, K], Bt [R, N]) of each linear. May copy factors: `replan` after they change."""
     return implementation(members[0][1].device).plan(members)
+
+
+def replan(old: Plan, members: Sequence[tuple[Any, Tensor, Tensor]]) -> Plan:
+    """The plan of the same members after their factors changed in place: the old one, if it reads them where they
+    lie."""
+    return old if getattr(old, "keep", bool)() else plan(members)
 
 
 def multilora_linear(

@@ -25,7 +25,7 @@ from hubkit.ops.native.members import Members, Pointers, Route
 
 __all__ = ["DTYPES", "Plan", "Route", "plan", "route", "unavailable"]
 
-DEEP, TALL = 3072, 128  # products of at least that K and M that torch's blocking suits better (docs/kernel.md)
+TALL = 128  # rows from which on products of many features may suit torch's blocking better (docs/kernel.md)
 
 
 class Plan(TrainablePlan):
@@ -39,6 +39,11 @@ class Plan(TrainablePlan):
         tiled = self.dtype is torch.bfloat16 and self.members.K % PIECE == 0
         self.fused = Fused(self.members) if tiled and library.fuses() else None
         self._delta, self._outputs = function("delta"), Pointers(len(members))
+
+    def keep(self) -> bool:
+        """After factors changed in place: whether this plan reads them where they lie, and goes on to."""
+        self.__dict__.pop("generic", None)
+        return all(A.is_contiguous() and Bt.is_contiguous() for _, A, Bt in self.leaves)
 
     def infer(self, x: Tensor, weights: Weights, dropout: Dropout | None = None) -> list[Tensor]:
         if x.dtype is not self.dtype:
@@ -83,7 +88,7 @@ class Plan(TrainablePlan):
     def _in_one_pass(self, x: Tensor, weights: Weights) -> bool:
         """Whether there is anything to compute, all of it in x's dtype, autocast is off, and torch is not faster."""
         K = self.members.K
-        if x.numel() == 0 or (K >= DEEP and x.numel() >= TALL * K) or torch.is_autocast_enabled("cpu"):
+        if x.numel() == 0 or (K >= library.deep() and x.numel() >= TALL * K) or torch.is_autocast_enabled("cpu"):
             return False
         return all(W.dtype is x.dtype and (b is None or b.dtype is x.dtype) for W, b in weights)
 

@@ -55,6 +55,9 @@ void run(const Call& call) {
 // Whether this process may use what this is compiled for, and that is worth it.
 EXPORTED int64_t hubkit_fused_allowed() { return allowed(); }
 
+// How many features there are to be for oneDNN to be faster with many rows (docs/kernel.md).
+EXPORTED int64_t hubkit_fused_deep() { return TOO_DEEP; }
+
 // bf16 x [M, K], weights [N, K], biases [N] or null, y [M, N], contiguous; K a multiple of 32. seen: what reaches the
 // adapters, x or what dropout leaves of it. S: null, or for each linear where to put S^T [entries of its route, padded].
 EXPORTED void hubkit_fused(const Member* members, const bf16* const* weights, const bf16* const* biases,

@@ -112,9 +112,9 @@ void shrink(const Call& call, const Work& work, const Piece& piece) {
 // ---- expand --------------------------------------------------------------------------------------------------
 
 // A piece's rows of Bt in pairs, `strips` of 16 columns from n on: [strips, 8, 16, 2].
-void zip(const Piece& piece, int64_t n, int strips, bf16* to) {
+void zip(const Piece& piece, int64_t n, int64_t strips, bf16* to) {
     int64_t N = piece.part->columns;
-    for (int s = 0; s < strips; s++, n += SIDE)
+    for (int64_t s = 0; s < strips; s++, n += SIDE)
         for (int64_t j = 0; j < piece.count; j += 2) {
             const bf16* even = piece.part->Bt + piece.cols[j] * N + n;
             const bf16* odd = j + 1 < piece.count ? piece.part->Bt + piece.cols[j + 1] * N + n : nullptr;
@@ -123,16 +123,18 @@ void zip(const Piece& piece, int64_t n, int strips, bf16* to) {
         }
 }
 
-template <int ROWS, int STRIPS> INLINED void add(const Term& term, const int* rows, Sums<ROWS, STRIPS>& sums) {
+// sums of rows of a tile += S Bt, from a strip of the page on.
+template <int ROWS, int STRIPS>
+INLINED void add(const Term& term, const int* rows, int64_t strip, Sums<ROWS, STRIPS>& sums) {
     const bf16* S[ROWS];
     EACH(i, ROWS) S[i] = term.S + rows[i] * DEPTH;
-    sums.expand(S, term.page, term.count);
+    sums.expand(S, term.page + strip * ZIPPED, term.count);
 }
 
 template <int ROWS, int STRIPS> void expand(const Piece& piece, const int* mine, const bf16* page, float* rows) {
     Sums<ROWS, STRIPS> sums;
     sums.load(rows, WIDE, mine);
-    add({(const bf16*)piece.S, page, piece.count}, mine, sums);
+    add({(const bf16*)piece.S, page, piece.count}, mine, 0, sums);
     sums.store(rows, WIDE, mine);
 }
 

@@ -12,6 +12,7 @@ namespace {
 
 using tile::allowed, tile::Registers;
 constexpr bool SHRINKS_PAIRS = true;
+constexpr int64_t TOO_DEEP = 3072;
 constexpr int64_t PAGES = 64;
 
 // A thread's own room.

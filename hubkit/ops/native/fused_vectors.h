@@ -11,6 +11,7 @@ namespace {
 
 inline bool allowed() { return HUBKIT_AVX512; }
 constexpr bool SHRINKS_PAIRS = false;
+constexpr int64_t TOO_DEEP = INT64_MAX;  // none are
 struct Registers {};
 
 // Tiles of batch rows for which weights are laid out; a weight that is turned anyway is so for fewer.

@@ -38,7 +38,7 @@ def load() -> ctypes.CDLL | build.BuildError:
         for name, signature in signatures.items():
             function = getattr(found, f"hubkit_{name}")
             function.argtypes, function.restype = signature, None
-        found.hubkit_fused_allowed.restype = number
+        found.hubkit_fused_allowed.restype = found.hubkit_fused_deep.restype = number
     except build.BuildError as error:
         return error
     except (OSError, AttributeError) as error:  # say, no OpenMP runtime in this torch
@@ -53,6 +53,12 @@ _library = cache(load)
 def fuses() -> bool:
     """Whether base product and deltas of bf16 linears are computed in one pass: on AMX, or AVX-512 with bf16."""
     return bool(function("fused_allowed")())
+
+
+@cache
+def deep() -> int:
+    """From how many features on linears of many rows are faster in two passes, base products by torch."""
+    return int(function("fused_deep")())
 
 
 def unavailable() -> str:

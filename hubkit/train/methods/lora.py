@@ -31,18 +31,19 @@ class _Group:
         scale: float,
         dropout: Callable[[], Dropout | None],
     ) -> None:
-        self.linears, self.factors, self._dropout = linears, factors, dropout
+        self.linears, self._dropout = linears, dropout
         self._route = ops.route(torch.full((1, len(factors[0][0])), scale), None, factors[0][0].device)
         self._weights = [(linear.weight, linear.bias) for linear in linears.values()]
         self._input: Tensor | None = None
         self._waiting: dict[int, Tensor] = {}
-        self.refresh()
+        self._members = [(self._route, A, Bt) for A, Bt in factors]
+        self._plan = ops.plan(self._members)
         for index, linear in enumerate(linears.values()):
             linear.forward = self._forward_of(index)  # type: ignore[method-assign, assignment]
 
     def refresh(self) -> None:
         """After the factors changed."""
-        self._plan = ops.plan([(self._route, A, Bt) for A, Bt in self.factors])
+        self._plan = ops.replan(self._plan, self._members)
 
     def _forward_of(self, index: int) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
