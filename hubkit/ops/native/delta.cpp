@@ -33,16 +33,6 @@ constexpr int64_t DEPTH = 1024;          // of K: a chunk of A to that depth sta
 constexpr int64_t PANEL = 8192;          // floats of Bt in an expand task, which stay in the L1 cache
 constexpr int64_t SMALL = 1 << 16;       // multiplications that are not worth waking other threads for
 
-// Makes the compiler load v once. It would rather fold the load into every multiplication, and then loads, of which
-// a core does fewer per cycle than a tile wants, set the pace.
-inline void hold(Vec& v) {
-#if defined(__AVX__) && LANES == 8 || defined(__AVX512F__)
-    asm("" : "+v"(v));
-#else
-    (void)v;
-#endif
-}
-
 // ---- the two tiles -------------------------------------------------------------------------------------------
 
 // out[r][c] = x[r] . a[c] over k elements.

@@ -15,7 +15,7 @@
 namespace {
 
 constexpr int64_t BLOCK = 16;  // query rows at a time: what is computed above the diagonal is at most that wide
-constexpr int64_t ROWS = 4;    // of a product at a time, by VECTORS columns: in registers
+constexpr int64_t ROWS = 6;    // of a product at a time, by VECTORS columns: in registers
 constexpr int64_t VECTORS = LANES == 16 ? 4 : 2;
 
 struct Strides { int64_t head, row; };  // in elements; features are dense
@@ -36,13 +36,13 @@ struct Operand {  // element (m, k) of the left operand is at[m * row + k * colu
 };
 
 template <int64_t M, int64_t N>
-void block(Operand a, const float* b, int64_t stride, int64_t depth, float* c, int64_t c_stride) {
+void block(Operand a, const float* b, int64_t stride, int64_t depth, float* c, int64_t c_stride, bool fresh) {
     Vec sums[M][N];
     for (int64_t m = 0; m < M; m++)
-        for (int64_t n = 0; n < N; n++) sums[m][n] = load(c + m * c_stride + n * LANES);
+        for (int64_t n = 0; n < N; n++) sums[m][n] = fresh ? Vec{} : load(c + m * c_stride + n * LANES);
     for (int64_t k = 0; k < depth; k++, b += stride) {
         Vec row[N];
-        for (int64_t n = 0; n < N; n++) row[n] = load(b + n * LANES);
+        for (int64_t n = 0; n < N; n++) hold(row[n] = load(b + n * LANES));
         for (int64_t m = 0; m < M; m++)
             for (int64_t n = 0; n < N; n++) sums[m][n] += a.at[m * a.row + k * a.column] * row[n];
     }
@@ -51,28 +51,32 @@ void block(Operand a, const float* b, int64_t stride, int64_t depth, float* c, i
 }
 
 template <int64_t M>
-void strip(Operand a, const float* b, int64_t stride, int64_t depth, float* c, int64_t c_stride, int64_t columns) {
+void strip(Operand a, const float* b, int64_t stride, int64_t depth, float* c, int64_t c_stride, int64_t columns,
+           bool fresh) {
     int64_t n = 0;
     for (; n + VECTORS * LANES <= columns; n += VECTORS * LANES)
-        block<M, VECTORS>(a, b + n, stride, depth, c + n, c_stride);
+        block<M, VECTORS>(a, b + n, stride, depth, c + n, c_stride, fresh);
     switch ((columns - n) / LANES) {
-        case 3: return block<M, 3>(a, b + n, stride, depth, c + n, c_stride);
-        case 2: return block<M, 2>(a, b + n, stride, depth, c + n, c_stride);
-        case 1: return block<M, 1>(a, b + n, stride, depth, c + n, c_stride);
+        case 3: return block<M, 3>(a, b + n, stride, depth, c + n, c_stride, fresh);
+        case 2: return block<M, 2>(a, b + n, stride, depth, c + n, c_stride, fresh);
+        case 1: return block<M, 1>(a, b + n, stride, depth, c + n, c_stride, fresh);
     }
 }
 
-// c [rows, columns] += a b; columns a multiple of LANES
+// c [rows, columns] += a b, or, if it is fresh, = that; columns a multiple of LANES
 void multiply(Operand a, int64_t rows, const float* b, int64_t stride, int64_t depth, float* c, int64_t c_stride,
-              int64_t columns) {
+              int64_t columns, bool fresh = false) {
     int64_t m = 0;
     for (; m + ROWS <= rows; m += ROWS)
-        strip<ROWS>({a.at + m * a.row, a.row, a.column}, b, stride, depth, c + m * c_stride, c_stride, columns);
+        strip<ROWS>({a.at + m * a.row, a.row, a.column}, b, stride, depth, c + m * c_stride, c_stride, columns, fresh);
     Operand rest{a.at + m * a.row, a.row, a.column};
+    c += m * c_stride;
     switch (rows - m) {
-        case 3: return strip<3>(rest, b, stride, depth, c + m * c_stride, c_stride, columns);
-        case 2: return strip<2>(rest, b, stride, depth, c + m * c_stride, c_stride, columns);
-        case 1: return strip<1>(rest, b, stride, depth, c + m * c_stride, c_stride, columns);
+        case 5: return strip<5>(rest, b, stride, depth, c, c_stride, columns, fresh);
+        case 4: return strip<4>(rest, b, stride, depth, c, c_stride, columns, fresh);
+        case 3: return strip<3>(rest, b, stride, depth, c, c_stride, columns, fresh);
+        case 2: return strip<2>(rest, b, stride, depth, c, c_stride, columns, fresh);
+        case 1: return strip<1>(rest, b, stride, depth, c, c_stride, columns, fresh);
     }
 }
 
@@ -112,18 +116,20 @@ struct Task {
     }
 
     void turn(const float* from, float* to) const {  // [keys, width] to [width, wide]
-        for (int64_t d = 0; d < width; d++) {
-            for (int64_t j = 0; j < keys; j++) to[d * wide + j] = from[j * width + d];
-            std::fill(to + d * wide + keys, to + (d + 1) * wide, 0.0f);
-        }
+        for (int64_t j = 0; j < wide; j += LANES)
+            for (int64_t d = 0; d < width; d += LANES) {
+                Vec v[LANES];
+                for (int64_t i = 0; i < LANES; i++) v[i] = j + i < keys ? load(from + (j + i) * width + d) : Vec{};
+                transpose(v);
+                for (int64_t i = 0; i < LANES; i++) store(to + (d + i) * wide + j, v[i]);
+            }
     }
 
     // Scores of own rows [first, first + count), as probabilities of the keys that each sees, zero for others.
     // Returns how many columns there are.
     int64_t weigh(int64_t first, int64_t count) const {
         int64_t columns = padded(seen + first + count);
-        std::fill(scores, scores + count * wide, 0.0f);
-        multiply({q, width, 1}, count, kt, wide, D, scores, wide, columns);
+        multiply({q, width, 1}, count, kt, wide, D, scores, wide, columns, true);
         for (int64_t i = 0; i < count; i++) {
             float* at = scores + i * wide;
             for (int64_t j = seen + first + i + 1; j < columns; j++) at[j] = -INFINITY;
@@ -149,9 +155,8 @@ void attend(const Tree& tree, const Shape& s, int64_t segment, int64_t group, co
             for (int64_t i = 0; i < count; i++)
                 task.widen_row(q + head * qs.head + (row + i) * qs.row, task.q + i * task.width, scale);
             task.weigh(first, count);
-            std::fill(task.o, task.o + count * task.width, 0.0f);
             multiply({task.scores, task.wide, 1}, count, task.v, task.width, task.seen + first + count, task.o,
-                     task.width, task.width);
+                     task.width, task.width, true);
             for (int64_t i = 0; i < count; i++)
                 for (int64_t d = 0; d < s.D; d += LANES)
                     keep(y + ((row + i) * s.heads + head) * s.D + d, load(task.o + i * task.width + d),
@@ -178,8 +183,7 @@ void attend_gradient(const Task& task, const Shape& s, int64_t group, const T* q
             }
             int64_t columns = task.weigh(first, count);
             multiply({task.scores, 1, wide}, visible, task.o, width, count, task.dv, width, width);
-            std::fill(task.others, task.others + count * wide, 0.0f);
-            multiply({task.o, width, 1}, count, task.vt, wide, s.D, task.others, wide, columns);
+            multiply({task.o, width, 1}, count, task.vt, wide, s.D, task.others, wide, columns, true);
             for (int64_t i = 0; i < count; i++) {  // of softmax: P (dP - sum of P dP)
                 float *p = task.scores + i * wide, *dp = task.others + i * wide;
                 Vec total = {};
@@ -188,8 +192,7 @@ void attend_gradient(const Task& task, const Shape& s, int64_t group, const T* q
                 for (int64_t j = 0; j < columns; j += LANES) store(dp + j, load(p + j) * (load(dp + j) - mean));
             }
             multiply({task.others, 1, wide}, visible, task.q, width, count, task.dk, width, width);
-            std::fill(task.o, task.o + count * width, 0.0f);
-            multiply({task.others, wide, 1}, count, task.k, width, visible, task.o, width, width);
+            multiply({task.others, wide, 1}, count, task.k, width, visible, task.o, width, width, true);
             for (int64_t i = 0; i < count; i++)
                 for (int64_t d = 0; d < s.D; d += LANES)
                     keep(dq + ((row + i) * s.heads + head) * s.D + d, load(task.o + i * width + d) * scale,

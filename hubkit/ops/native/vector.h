@@ -39,6 +39,16 @@ template <class V> V read(const void* p) {
     return v;
 }
 
+// Makes the compiler load v once. It would rather fold the load into every multiplication, and then loads, of which
+// a core does fewer per cycle than a tile wants, set the pace.
+inline void hold(Vec& v) {
+#if defined(__AVX__) && LANES == 8 || defined(__AVX512F__)
+    asm("" : "+v"(v));
+#else
+    (void)v;
+#endif
+}
+
 Vec load(const float* p) { return read<Vec>(p); }
 void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
@@ -96,6 +106,22 @@ template <class T> void widen(const T* from, float* to, int64_t n) {
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) store(to + i, load(from + i));
     if (i < n) store(to + i, load(from + i, n - i), n - i);
+}
+
+// LANES x LANES numbers, rows to columns: halves of rows change places, then quarters, and so on.
+inline void transpose(Vec (&v)[LANES]) {
+    for (int width = LANES / 2; width; width /= 2) {
+        Ints low, high;  // where the numbers of a pair of rows come from, the second row's behind the first's
+        for (int i = 0; i < LANES; i++) {
+            low[i] = i & width ? LANES + i - width : i;
+            high[i] = i & width ? LANES + i : i + width;
+        }
+        for (int i = 0; i < LANES; i++)
+            if (!(i & width)) {
+                Vec a = v[i], b = v[i + width];
+                v[i] = __builtin_shuffle(a, b, low), v[i + width] = __builtin_shuffle(a, b, high);
+            }
+    }
 }
 
 float sum(Vec v) {  // halves onto halves
