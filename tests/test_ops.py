@@ -319,3 +319,28 @@ def test_without_adapters_only_the_base_runs() -> None:
     case = build(tokens=[4, 4], mixtures=[[], []], ranks=[8])
     for implementation in RUNNING:
         assert torch.equal(run(implementation, case), linear(case.x, case.weight, case.bias))
+
+
+@pytest.mark.parametrize("implementation", FAST)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("apart", [False, True], ids=["as they lie", "copied"])
+def test_a_plan_of_factors_that_changed_in_place(
+    implementation: str, dtype: torch.dtype, apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HUBKIT_OPS", implementation)
+    case = build(tokens=[3, 4], mixtures=[[0], [1]], ranks=[8, 8], K=64, N=96, dtype=dtype)
+    if apart:
+        case.A, case.Bt = case.A.T.contiguous().T, case.Bt.T.contiguous().T
+    members = [(ops.route(case.C, case.group), case.A.requires_grad_(), case.Bt)]
+    old = ops.plan(members)
+
+    def values(plan: ops.Plan) -> list[Tensor]:
+        (y,) = plan(case.x, [(case.weight, None)])
+        return [y, *torch.autograd.grad(y.sum(), [case.A])]
+
+    values(old)
+    with torch.no_grad():
+        case.A.mul_(3), case.Bt.mul_(-2)
+    again = ops.replan(old, members)
+    assert all(map(torch.equal, values(again), values(ops.plan(members))))
+    assert error(values(again)[0].detach(), case.exact().detach()) < TOLERANCE[dtype]

@@ -104,7 +104,8 @@ def plan(members: Sequence[tuple[Any, Tensor, Tensor]]) -> Plan:
 def replan(old: Plan, members: Sequence[tuple[Any, Tensor, Tensor]]) -> Plan:
     """The plan of the same members after their factors changed in place: the old one, if it reads them where they
     lie."""
-    return old if getattr(old, "keep", bool)() else plan(members)
+    holds = getattr(old, "holds", None)
+    return old if holds and holds() else plan(members)
 
 
 def multilora_linear(

@@ -40,9 +40,9 @@ class Plan(TrainablePlan):
         self.fused = Fused(self.members) if tiled and library.fuses() else None
         self._delta, self._outputs = function("delta"), Pointers(len(members))
 
-    def keep(self) -> bool:
-        """After factors changed in place: whether this plan reads them where they lie, and goes on to."""
-        self.__dict__.pop("generic", None)
+    def holds(self) -> bool:
+        """Whether this plan still holds after its factors changed in place, since it reads them where they lie."""
+        self.__dict__.pop("generic", None)  # which copies some of them
         return all(A.is_contiguous() and Bt.is_contiguous() for _, A, Bt in self.leaves)
 
     def infer(self, x: Tensor, weights: Weights, dropout: Dropout | None = None) -> list[Tensor]:
@@ -88,7 +88,7 @@ class Plan(TrainablePlan):
     def _in_one_pass(self, x: Tensor, weights: Weights) -> bool:
         """Whether there is anything to compute, all of it in x's dtype, autocast is off, and torch is not faster."""
         K = self.members.K
-        if x.numel() == 0 or (K >= library.deep() and x.numel() >= TALL * K) or torch.is_autocast_enabled("cpu"):
+        if x.numel() == 0 or (library.deep() <= K and x.numel() >= TALL * K) or torch.is_autocast_enabled("cpu"):
             return False
         return all(W.dtype is x.dtype and (b is None or b.dtype is x.dtype) for W, b in weights)
 

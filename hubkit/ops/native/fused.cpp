@@ -2,10 +2,10 @@
 // for linears that read the same x; and its gradient, dx = sum of dy W + ((dy Bt^T) * C[group]) A over these linears,
 // which is the same with other parts. On AMX by tiles, elsewhere by vectors of AVX-512.
 //
-// Everything is computed transposed, y^T = W x^T: then W, A and x are read as they lie, and only x has to be paired
-// up, once for all linears. Sums of y^T (16 columns of y, 16 batch rows) stay in registers through all features and are
-// rounded once, after the expansion. Batch rows need no order: a tile of rows takes the arena rows of each of its
-// groups in turn.
+// Tiles, and vectors where batch rows are few, compute y^T = W x^T: then W, A and x are read as they lie, and only x
+// has to be paired up, once for all linears. With many rows vectors compute y, and W is paired up. Sums stay in
+// registers through all features and are rounded once, after the expansion. Batch rows need no order: a tile of 16
+// takes the arena rows of each of its groups in turn.
 //
 // An element of y is one chain of additions whose order depends on K and its own group alone, whatever the number of
 // threads and the other rows are.

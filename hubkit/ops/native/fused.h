@@ -52,7 +52,7 @@ struct Call {
     std::vector<Input> inputs;  // those that are read in pairs, by their offsets
     std::vector<Part> parts;
     std::vector<Output> outputs;
-    int64_t features, columns, M, padded, threads;  // features: of all inputs; columns: of all outputs; padded: of kept S
+    int64_t features, columns, M, padded, threads;  // features: of all inputs; columns: of all outputs
     bool turned;                                    // W [features, columns]
     Dropped dropped;
 };

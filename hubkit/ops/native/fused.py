@@ -113,8 +113,8 @@ class Fused:
 
 
 class _Sizes:
-    """What sums over rows want to know of a plan, as addresses: the ranks of each linear, which rows each 16 of them are
-    of, the columns of x and of each dy."""
+    """What sums over rows want to know of a plan, as addresses: the ranks of each linear, which rows each 16 of them
+    are of, the columns of x and of each dy."""
 
     def __init__(self, members: Members, ranks: Sequence[int]) -> None:
         spans = [route.spans(PAGE, PIECE) for route in members.routes]

@@ -1,19 +1,20 @@
-// Many batch rows: weights are laid out in pairs, strip by strip of 16 columns, and x and dy are read as they lie.
-// Included by fused_vectors.h alone.
+// Many batch rows: weights are laid out in pairs, strip by strip of 16 columns, x and dy are read as they lie, and y is
+// computed row by row: sums of eight rows and three strips are in registers from the first feature to the last arena
+// row. Included by fused_vectors.h alone.
 #pragma once
 
 #include "fused_rows.h"
 
 namespace {
 
-constexpr int64_t PANELS_OF_ROWS = 2;  // of a task: so their columns are whole cache lines of y
-constexpr int64_t DEEP = 4096;   // features of weights that are laid out together, in a panel: they are to stay in the L2 cache
-constexpr int64_t AHEAD = 32;    // features that are fetched ahead of being laid out
-constexpr int64_t PAGES = 256;   // that a thread keeps
-constexpr int64_t HEIGHT = 8;    // tiles of batch rows at least for which weights are laid out anew
+constexpr int64_t ABREAST = 2;  // times STRIPS in a task: whole cache lines of y, so that no two threads share one
+constexpr int64_t DEEP = 4096;  // features of STRIPS of W that are laid out together: they are to stay in the L2 cache
+constexpr int64_t AHEAD = 32;   // features that are fetched ahead of being laid out
+constexpr int64_t PAGES = 256;  // that a thread keeps
+constexpr int64_t HEIGHT = 8;   // tiles of batch rows at least for which weights are laid out anew
 
 Shape strips_of(const Call& call, const Work& work) {
-    int64_t width = call.features * PANELS_OF_ROWS <= DEEP ? PANELS_OF_ROWS * WIDE : WIDE, height = work.tiles;
+    int64_t width = call.features * ABREAST <= DEEP ? ABREAST * WIDE : WIDE, height = work.tiles;
     while (height > HEIGHT && call.columns / width * ((work.tiles + height - 1) / height) < 4 * call.threads)
         height = (height + 1) / 2;
     return {width, height};
@@ -93,8 +94,8 @@ struct Round {
     const std::vector<Term>* terms;  // to add before y is written; null: only sums are
 };
 
-// TOGETHER rows of a tile and STRIPS of a task's, from `strip` on: += x W^T of a lot, or = that, in `rows`; or, with terms
-// added, to y. A function of its own, without calls, so that sums stay in registers.
+// TOGETHER rows of a tile and STRIPS of a task, from `strip` on: += x W^T of a lot, or = that, in `rows`; or, with
+// terms added, to y. A function of its own, without calls, so that sums stay in registers.
 template <int STRIPS>
 __attribute__((noinline)) void compute_rows(const Work& work, const Task& task, int64_t t, const Round& round,
                                             const Eight& eight, int64_t strip, float* rows) {
@@ -113,9 +114,9 @@ __attribute__((noinline)) void compute_rows(const Work& work, const Task& task, 
     write(*task.output, sums, work.first + t * SIDE, eight.rows, task.begin + strip * SIDE);
 }
 
-// STRIPS of a task's, from `strip` on, of a tile of rows.
+// A tile of rows and STRIPS of a task, from `strip` on.
 template <int STRIPS, class Page>
-void panel_of_rows(const Call& call, const Work& work, const Task& task, int64_t t, const Round& round, int64_t strip,
+void compute_tile(const Call& call, const Work& work, const Task& task, int64_t t, const Round& round, int64_t strip,
                    Page page, float* rows, Desk& desk) {
     int64_t left = std::min<int64_t>(SIDE, work.rows - t * SIDE);
     for (int64_t m = 0; m < left; m += TOGETHER) compute_rows<STRIPS>(work, task, t, round, {m, left}, strip, rows);
@@ -125,7 +126,7 @@ void panel_of_rows(const Call& call, const Work& work, const Task& task, int64_t
 }
 
 void compute_many(const Call& call, const Work& work, const Task& task, Desk& desk) {
-    constexpr int64_t tile = SIDE * WIDE * PANELS_OF_ROWS;  // of sums
+    constexpr int64_t tile = SIDE * WIDE * ABREAST;  // of sums
     int64_t strips = (task.end - task.begin + SIDE - 1) / SIDE;
     bool alone = call.features <= DEEP;  // there is one lot: sums need no memory
     float* kept = lined(desk.row_room, (alone ? 1 : task.last - task.first) * tile);
@@ -148,9 +149,9 @@ void compute_many(const Call& call, const Work& work, const Task& task, Desk& de
             }
             float* rows = kept + (alone ? 0 : t - task.first) * tile;
             for (int64_t s = 0; s < strips; s += STRIPS, rows += SIDE * WIDE)
-                if (strips - s >= 3) panel_of_rows<3>(call, work, task, t, round, s, page, rows, desk);
-                else if (strips - s == 2) panel_of_rows<2>(call, work, task, t, round, s, page, rows, desk);
-                else panel_of_rows<1>(call, work, task, t, round, s, page, rows, desk);
+                if (strips - s >= 3) compute_tile<3>(call, work, task, t, round, s, page, rows, desk);
+                else if (strips - s == 2) compute_tile<2>(call, work, task, t, round, s, page, rows, desk);
+                else compute_tile<1>(call, work, task, t, round, s, page, rows, desk);
         }
     }
 }

@@ -1,5 +1,5 @@
-// Rows of y in fp32, on their way from sums to bf16: how S is computed, expanded and added by vectors. Included by the two
-// ways of a fused call on vectors alone.
+// What few and many batch rows have in common on vectors: how S is computed, expanded and added to rows of y.
+// Included by the two ways of a fused call on vectors alone.
 //
 // A tile of batch rows that several groups share would be multiplied by the factors of each. So S is computed and
 // expanded for a group's own rows alone.
@@ -12,9 +12,9 @@ namespace {
 
 using block::Floats, block::Pairs, block::read, block::Sums;
 
-constexpr int TOGETHER = 8;                  // rows of y that are computed together
-constexpr int STRIPS = 3;                    // of 16 columns of y that are computed together, at most
-constexpr int64_t WIDE = STRIPS * SIDE;      // columns of a tile's rows of y
+constexpr int TOGETHER = 8;                   // rows of y that are computed together
+constexpr int STRIPS = 3;                     // of 16 columns of y that are computed together, at most
+constexpr int64_t WIDE = STRIPS * SIDE;       // columns of a tile's rows of y
 constexpr int64_t ZIPPED = SIDE / 2 * DEPTH;  // numbers of 16 arena rows in pairs, for 16 columns
 
 // Features from k on of what an output's part reads, and W for them, laid out: [strips, features / 2, 16, 2].
@@ -186,15 +186,16 @@ INLINED void write(const Output& output, const Sums<ROWS, STRIPS>& sums, int64_t
     }
 }
 
-// y of a tile of batch rows from what its pieces are still to be added to.
-template <int STRIPS, class Zip>
-void finish(const Call& call, const Work& work, const Task& task, int64_t t, int64_t n, Zip zip, float* rows, float* added) {
+// y of a tile of batch rows from `rows`, to which its pieces are still to be added; page: where their Bt is zipped.
+template <int STRIPS, class Page>
+void finish(const Call& call, const Work& work, const Task& task, int64_t t, int64_t n, Page page, float* rows,
+            float* added) {
     const Output& output = *task.output;
     int64_t first = work.first + t * SIDE, count = std::min<int64_t>(SIDE, work.rows - t * SIDE), N = output.columns;
     auto [piece, end] = pieces_of(work, task, t);
     float* to = call.dropped.bits ? added : rows;
     if (call.dropped.bits) std::memset(added, 0, SIDE * WIDE * sizeof(float));
-    for (; piece < end; piece++) expand<STRIPS>(*piece, zip(*piece), to);
+    for (; piece < end; piece++) expand<STRIPS>(*piece, page(*piece), to);
     if (call.dropped.bits) add(call.dropped, first, count, n, STRIPS, N, added, rows);
     for (int m = 0; m < count; m++) {
         Sums<1, STRIPS> sums;

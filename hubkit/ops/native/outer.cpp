@@ -69,7 +69,7 @@ void sum(const Factor& factor, int64_t j, const Span& span, const Zipped& x) {
 
 #else
 
-constexpr int TOGETHER = 8, STRIPS = 3;     // ranks, and strips of 16 columns, whose sums are in registers
+constexpr int TOGETHER = 8, STRIPS = 3;       // ranks, and strips of 16 columns, whose sums are in registers
 constexpr int64_t WIDTH = 2 * STRIPS * SIDE;  // columns of a task
 
 template <int STRIPS> void sum_strips(const Factor& factor, int64_t j, const Span& span, const Zipped& x, int64_t s) {
@@ -77,7 +77,8 @@ template <int STRIPS> void sum_strips(const Factor& factor, int64_t j, const Spa
     const bf16* S[TOGETHER];
     EACH(i, TOGETHER) S[i] = factor.S + (j + i) * x.padded + span.first * DEPTH;
     sums.clear();
-    sums.multiply(S, x.at + s * x.padded * SIDE + span.first * BF16S, x.padded * SIDE, (span.last - span.first) * DEPTH, 0);
+    sums.multiply(S, x.at + s * x.padded * SIDE + span.first * BF16S, x.padded * SIDE,
+                  (span.last - span.first) * DEPTH, 0);
     for (int i = 0; i < TOGETHER && j + i < factor.ranks; i++)
         for (int n = 0; n < STRIPS; n++) {
             int64_t at = (s + n) * SIDE;
