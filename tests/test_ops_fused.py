@@ -134,6 +134,14 @@ def test_more_pages_than_are_kept(count: int, rows: int) -> None:
         assert torch.equal(fused(alone), y[part])
 
 
+def test_a_mixture_of_more_pages_than_are_kept() -> None:
+    case = build(tokens=[130], mixtures=[list(range(34))], ranks=[128] * 34, K=32, N=64, dtype=torch.bfloat16)
+    y = fused(case)
+    assert off(y, case) < 1.1 * ROUNDED_ONCE
+    alone = Case(case.x[:20], case.weight, None, case.A, case.Bt, case.C, case.group[:20])
+    assert torch.equal(fused(alone), y[:20])
+
+
 def test_linears_that_share_x_and_have_routes_of_their_own() -> None:
     cases = [mixed(3, N=N) for N in (32, 96, 224)]
     for case, group in zip(
