@@ -21,7 +21,6 @@ import json
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -195,9 +194,10 @@ def keep_memory() -> None:
     """Freed memory stays with the process, as in a run of one contender alone, whose steps all want as much; in turns,
     each would give back to the system what the other had left, and pay for its pages anew."""
     trim_threshold, mmap_threshold = -1, -3  # of glibc's malloc.h
-    if sys.platform == "linux":
-        ctypes.CDLL(None).mallopt(trim_threshold, 2**31 - 1)
-        ctypes.CDLL(None).mallopt(mmap_threshold, 32 << 20)  # what glibc would come to by itself
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 32 << 20)  # what glibc would come to by itself
 
 
 def report(options: argparse.Namespace) -> dict[str, Any]:

@@ -43,13 +43,13 @@ struct Right {
     int64_t step, apart;
 };
 
-// sums [RIGHT, 8, 16], the first `FLOATS * spread` apart, += left times right over `depth` numbers; fresh: = that.
+// sums [RIGHT, 8, 16], the first two tiles apart, += left times right over `depth` numbers; fresh: = that.
 template <int RIGHT>
-void multiply(const Left& left, const Right& right, int64_t depth, float* sums, int64_t spread, bool fresh = false) {
+void multiply(const Left& left, const Right& right, int64_t depth, float* sums, bool fresh) {
     Floats held[RIGHT][ROWS];
     for (int r = 0; r < RIGHT; r++)
         for (int i = 0; i < ROWS; i++)
-            held[r][i] = fresh ? Floats{} : read<Floats>(sums + r * spread * FLOATS + i * SIDE);
+            held[r][i] = fresh ? Floats{} : read<Floats>(sums + r * 2 * FLOATS + i * SIDE);
     const bf16 *a = left.at, *b = right.at;
     for (int64_t k = 0; k < depth; k += DEPTH, a += left.step, b += right.step) {
         if (left.ahead)
@@ -64,7 +64,7 @@ void multiply(const Left& left, const Right& right, int64_t depth, float* sums, 
         }
     }
     for (int r = 0; r < RIGHT; r++)
-        for (int i = 0; i < ROWS; i++) std::memcpy(sums + r * spread * FLOATS + i * SIDE, &held[r][i], sizeof(Floats));
+        for (int i = 0; i < ROWS; i++) std::memcpy(sums + r * 2 * FLOATS + i * SIDE, &held[r][i], sizeof(Floats));
 }
 
 // ROWS rows of y, STRIPS of 16 columns each: in registers, which takes loops that are unrolled early.

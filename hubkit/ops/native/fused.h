@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "arrange.h"
@@ -81,6 +82,14 @@ struct Task {  // columns [begin, end) of an output, for the tiles of batch rows
 struct Shape {  // of tasks
     int64_t width, height;  // columns, tiles of batch rows
 };
+
+// f(how many tiles of batch rows, the first of them, column) for every panel of a task and every two tiles.
+template <class F> void by_twos(const Task& task, F f) {
+    for (int64_t t = task.first; t < task.last; t += 2)
+        for (int64_t n = task.begin; n < task.end; n += PANEL)
+            if (t + 1 < task.last) f(std::integral_constant<int, 2>(), t, n);
+            else f(std::integral_constant<int, 1>(), t, n);
+}
 
 int64_t panels(const Task& task) { return (task.end - task.begin + PANEL - 1) / PANEL; }
 

@@ -16,7 +16,7 @@ void product(const Weights& W, const bf16* x, int64_t row, int64_t features, boo
         for (int n = 0; n < PANEL; n += block::ROWS)
             block::multiply<ROWS>(
                 {W.at + k * W.step + n / SIDE * W.half + n % SIDE * stride, stride, W.step * DEPTH, ahead},
-                {x + k * SIDE, BF16S, row}, std::min(chunk, features - k), sums + n * SIDE, 2, first && k == 0);
+                {x + k * SIDE, BF16S, row}, std::min(chunk, features - k), sums + n * SIDE, first && k == 0);
 }
 
 // Rows of y of a tile of batch rows from the product's sums.
@@ -44,10 +44,7 @@ void panel(const Call& call, const Work& work, const Task& task, int64_t t, int6
 
 void compute_few(const Call& call, const Work& work, const Task& task, Desk& desk) {
     if (call.turned) turn(call, task, desk.weight_room);
-    for (int64_t t = task.first; t < task.last; t += 2)
-        for (int64_t n = task.begin; n < task.end; n += PANEL)
-            if (t + 1 < task.last) panel<2>(call, work, task, t, n, desk);
-            else panel<1>(call, work, task, t, n, desk);
+    by_twos(task, [&](auto rows, int64_t t, int64_t n) { panel<decltype(rows)::value>(call, work, task, t, n, desk); });
 }
 
 }  // namespace

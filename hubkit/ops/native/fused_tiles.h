@@ -159,10 +159,7 @@ Shape shape(const Call& call, const Work& work) { return panels_of(call, work); 
 void compute(const Call& call, const Work& work, const Task& task, Desk& desk) {
     desk.pages.begin(work, panels(task) * 2 * BF16S, PAGES);
     if (call.turned) turn(call, task, desk.weight_room);
-    for (int64_t t = task.first; t < task.last; t += 2)
-        for (int64_t n = task.begin; n < task.end; n += PANEL)
-            if (t + 1 < task.last) panel<2>(call, work, task, t, n, desk);
-            else panel<1>(call, work, task, t, n, desk);
+    by_twos(task, [&](auto rows, int64_t t, int64_t n) { panel<decltype(rows)::value>(call, work, task, t, n, desk); });
 }
 
 }  // namespace
